@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+// The ExpertBank concept: adds the gated outputs of its experts.
+//
+//   y(row) += Σ_e gate(t, e) · f_e(x(row))        for the active slots of the routing
+//
+// Rows of x and y belong to tokens, or to slots (the inner matrices of a gated feed-forward
+// expert). A bank may ask for the base product x Wᵀ (DoRA). Every requirement is explained in
+// docs/bank_contract.md and tested by tests/contracts/bank_contract.hpp.
+#pragma once
+
+#include <concepts>
+#include <span>
+
+#include "mole/core/config.hpp"
+#include "mole/core/context.hpp"
+#include "mole/core/view.hpp"
+#include "mole/core/workspace.hpp"
+#include "mole/routing/routing.hpp"
+
+namespace mole::inline MOLE_ABI {
+
+/// Whose row it is.
+enum class RowsBy { token, slot };
+
+/// What the experts read. With `x_rows` slot, x has one row per slot; with `y_rows` slot, y has.
+template <class T>
+struct BankInput {
+  MatView<const T> x;          ///< [tokens or slots, input width]
+  MatView<const T> base = {};  ///< [tokens, output width], x Wᵀ without bias; only if needs_base
+  RowsBy x_rows = RowsBy::token;
+  RowsBy y_rows = RowsBy::token;
+};
+
+/// Where the gradients of a BankInput are added. Empty members are not computed.
+template <class T>
+struct BankInputGradient {
+  MatView<T> x = {};
+  MatView<T> base = {};
+};
+
+template <class B>
+concept ExpertBank = requires {
+  typename B::Scalar;
+  typename B::Config;
+  typename B::template Params<typename B::Scalar>;
+  typename B::Weights;
+  typename B::Prepared;
+  typename B::Tape;
+  { B::needs_base } -> std::convertible_to<bool>;
+}
+&&requires(const B b, const typename B::Weights weights, const typename B::Prepared prepared,
+           const BankInput<typename B::Scalar> input, const Routing<typename B::Scalar> routing,
+           const MatView<typename B::Scalar> y, typename B::Tape* tape,
+           const typename B::Tape saved, const MatView<const typename B::Scalar> dy,
+           const std::span<typename B::Scalar> dgate,
+           const BankInputGradient<typename B::Scalar> d_input,
+           const typename B::template Params<typename B::Scalar> grad, Workspace& memory,
+           const Context& context, Index n) {
+  { b.input_width() }
+  noexcept->std::convertible_to<Index>;
+  { b.output_width() }
+  noexcept->std::convertible_to<Index>;
+  { b.experts() }
+  noexcept->std::convertible_to<Index>;
+  { b.prepared_bytes() }
+  noexcept->std::convertible_to<std::size_t>;
+  { b.scratch_bytes(n, n, int{}) }
+  noexcept->std::convertible_to<std::size_t>;
+  { b.tape_bytes(n, n) }
+  noexcept->std::convertible_to<std::size_t>;
+  { b.prepare(weights, memory) } -> std::same_as<typename B::Prepared>;
+  { b.make_tape(memory, n, n) } -> std::same_as<typename B::Tape>;
+  b.forward(prepared, input, routing, y, tape, context);
+  b.backward(weights, saved, input, routing, dy, dgate, d_input, grad, context);
+};
+
+}  // namespace mole::inline MOLE_ABI
