@@ -21,12 +21,15 @@ option(MOLE_FETCH "Download pinned dependencies that are not installed" OFF)
 # New compilers bring new warnings: an error for the project itself, never for its users.
 option(MOLE_WERROR "Treat warnings as errors" OFF)
 
-# The sanitizers change the ABI of a whole program, so they are chosen for all targets at once.
+# A sanitizer instruments whole programs, so it is chosen for all targets at once.
 set(MOLE_SANITIZE "" CACHE STRING "Sanitizers: empty, address;undefined or thread")
 
-# The two builds promise the same results; this one runs the shared suites on mole::header_only
-# and leaves the compiled library out.
-option(MOLE_TEST_HEADER_ONLY "Test mole::header_only in place of mole::mole" OFF)
+# A thread sanitizer is slow and needs the threaded tests alone: compile no others.
+option(MOLE_TEST_THREADS_ONLY "Build only the tests that are tagged [threads]" OFF)
+
+# mole::header_only needs Eigen alone; who wants nothing else leaves the compiled library out. The
+# tests are then those that both builds share.
+option(MOLE_COMPILED "Provide the compiled library mole::mole" ON)
 
 if(NOT MOLE_OPENMP MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "MOLE_OPENMP is '${MOLE_OPENMP}'; expected AUTO, ON or OFF")
@@ -38,4 +41,13 @@ foreach(name IN LISTS MOLE_SANITIZE)
 endforeach()
 if("address" IN_LIST MOLE_SANITIZE AND "thread" IN_LIST MOLE_SANITIZE)
   message(FATAL_ERROR "MOLE_SANITIZE: address and thread exclude each other")
+endif()
+
+# Repeated builds of the same files: used where it is installed, never for an embedding project.
+if(PROJECT_IS_TOP_LEVEL AND NOT DEFINED CMAKE_CXX_COMPILER_LAUNCHER)
+  find_program(MOLE_CCACHE ccache)
+  mark_as_advanced(MOLE_CCACHE)
+  if(MOLE_CCACHE)
+    set(CMAKE_CXX_COMPILER_LAUNCHER "${MOLE_CCACHE}")
+  endif()
 endif()
