@@ -19,9 +19,6 @@
 
 namespace mole::inline MOLE_ABI {
 
-/// Whose row it is.
-enum class RowsBy { token, slot };
-
 /// What the experts read. With `x_rows` slot, x has one row per slot; with `y_rows` slot, y has.
 template <class T>
 struct BankInput {

@@ -18,19 +18,17 @@
 #include "mole/core/error.hpp"
 #include "mole/core/view.hpp"
 #include "mole/core/workspace.hpp"
+#include "mole/kernels/gated.hpp"
 
 namespace mole::inline MOLE_ABI {
 
 template <class T>
 struct Routing {
   Index tokens = 0, experts = 0;
-  std::span<const std::int32_t> token_begin;   ///< [tokens + 1]
-  std::span<const std::int32_t> expert;        ///< [slots]
-  std::span<const T> gate;                     ///< [slots]
-  std::span<const std::int32_t> expert_begin;  ///< [experts + 1], into the lists below
-  std::span<const std::int32_t> active_end;    ///< [experts], end of the active slots of an expert
-  std::span<const std::int32_t> slot_of;       ///< [slots], slots grouped by expert
-  std::span<const std::int32_t> token_of;      ///< [slots], token of slot_of[i]
+  std::span<const std::int32_t> token_begin;  ///< [tokens + 1]
+  std::span<const std::int32_t> expert;       ///< [slots]
+  std::span<const T> gate;                    ///< [slots]
+  SlotLists lists;                            ///< the same slots grouped by expert
 
   Index slots() const noexcept { return static_cast<Index>(expert.size()); }
 
@@ -212,15 +210,12 @@ void RoutingTable<T>::finish() noexcept {
   for (Index e = 0; e < experts_; ++e) active_end_[e] = expert_begin_[e];
   place(true, active_end_);
   const auto n = static_cast<std::size_t>(slots);
-  routing_ = {tokens_,
-              experts_,
-              token_begin_.first(static_cast<std::size_t>(tokens_ + 1)),
-              expert_.first(n),
-              gate_.first(n),
-              expert_begin_,
-              active_end_,
-              slot_of_.first(n),
-              token_of_.first(n)};
+  routing_.tokens = tokens_;
+  routing_.experts = experts_;
+  routing_.token_begin = token_begin_.first(static_cast<std::size_t>(tokens_ + 1));
+  routing_.expert = expert_.first(n);
+  routing_.gate = gate_.first(n);
+  routing_.lists = {expert_begin_, active_end_, slot_of_.first(n), token_of_.first(n)};
 }
 
 #ifndef MOLE_HEADER_ONLY

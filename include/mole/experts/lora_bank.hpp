@@ -1,0 +1,470 @@
+// SPDX-License-Identifier: Apache-2.0
+// LoraBank: independent low-rank experts (Hu et al., "LoRA", ICLR 2022, one per expert).
+//
+//   y_t += Σ_e q_te (B_e A_e x_t + β_e)     q_te = gate_te · scale_e, rounded
+//
+//   x [tokens, in]   A_e = down [r_e, in]   B_e = up [out, r_e]   β_e = bias [out] (optional)
+//
+// Ranks may differ, rank 0 is legal. One output element is one chain of fused multiply-adds that
+// starts from the host's y and runs over the active experts of the token, ascending, and their
+// ranks, with h' = q · (A x) rounded. Rank-wise gates are the case of experts of rank 1.
+//
+// Backward, with h = A_e x, v = B_eᵀ dy:
+//   dgate = scale (v·h + β·dy)   dB_e += q dy hᵀ   dA_e += q v xᵀ   dβ_e += q dy   dx += q A_eᵀ v
+#pragma once
+
+#include <algorithm>
+#include <span>
+#include <type_traits>
+#include <vector>
+
+#include "mole/core/config.hpp"
+#include "mole/core/half.hpp"
+#include "mole/core/params.hpp"
+#include "mole/experts/expert_bank.hpp"
+#include "mole/kernels/chain_product.hpp"
+#include "mole/kernels/gated_low_rank.hpp"
+
+namespace mole::inline MOLE_ABI {
+
+/// Which loops run in forward; both give the same bits. `automatic` takes the dense loops when
+/// every token uses every expert.
+enum class BankPath { automatic, sparse, dense };
+
+/// Pointers to the matrices of every expert. They may lie anywhere (one block, or one tensor per
+/// adapter); `strides` of 0 mean contiguous matrices.
+template <class V>
+struct LoraBankParams {
+  Index in = 0, out = 0;
+  std::span<const Index> rank;  ///< [experts]
+  std::span<V* const> down;     ///< [experts], each [rank, in]
+  std::span<V* const> up;       ///< [experts], each [out, rank]
+  std::span<V* const> bias;     ///< [experts], each [out]; empty: none
+  Index down_stride = 0;        ///< elements between rows of down
+  Index up_stride = 0;          ///< elements between rows of up
+
+  MatView<V> down_of(Index e) const noexcept {
+    return {down[e], rank[e], in, down_stride != 0 ? down_stride : in};
+  }
+  MatView<V> up_of(Index e) const noexcept {
+    return {up[e], out, rank[e], up_stride != 0 ? up_stride : rank[e]};
+  }
+  MatView<V> bias_of(Index e) const noexcept {
+    return bias.empty() ? MatView<V>{} : MatView<V>{bias[e], 1, out};
+  }
+  operator LoraBankParams<const V>() const noexcept  // NOLINT(google-explicit-constructor)
+      requires(!std::is_const_v<V>) {
+    return {in, out, rank, down, up, bias, down_stride, up_stride};
+  }
+
+  template <class F, class P, class... More>
+  static void visit(F&& f, P& p, More&... more) {
+    for (Index e = 0; e < static_cast<Index>(p.rank.size()); ++e) {
+      f(Leaf{"down", e}, as_lvalue(p.down_of(e)), as_lvalue(more.down_of(e))...);
+      f(Leaf{"up", e}, as_lvalue(p.up_of(e)), as_lvalue(more.up_of(e))...);
+      if (!p.bias.empty())
+        f(Leaf{"bias", e}, as_lvalue(p.bias_of(e)), as_lvalue(more.bias_of(e))...);
+    }
+  }
+
+ private:
+  template <class View>
+  static const View& as_lvalue(const View& view) noexcept {
+    return view;
+  }
+};
+
+/// T: compute type. W: storage type of the weights (T, bf16, f16, or the other of float and
+/// double).
+template <class T, class W = T>
+class LoraBank {
+ public:
+  using Scalar = T;
+  template <class V>
+  using Params = LoraBankParams<V>;
+  using Weights = Params<const W>;
+
+  struct Config {
+    Index in = 0;             ///< input width
+    Index out = 0;            ///< output width
+    std::vector<Index> rank;  ///< [experts], 0 or more
+    std::vector<T> scale;     ///< [experts], alpha / r, or alpha / sqrt(r) for rsLoRA
+    bool bias = false;        ///< experts have a bias (PEFT's lora_bias)
+    BankPath path = BankPath::automatic;
+  };
+
+  /// Packed snapshot of the weights, widened to T. Immutable; any number of calls may share it.
+  struct Prepared {
+    std::span<Panels<T>> down;  ///< [experts], Aᵀ [in, rank]
+    Panels<T> up;               ///< all Bᵀ one above the other [total rank, out]
+    MatView<T> bias;            ///< [experts, out], or empty
+  };
+
+  struct Tape {
+    MatView<T> hidden;  ///< [max slots, largest rank], A x
+
+    template <class F, class... P>
+    static void visit(F&& f, P&... p) {
+      f(Leaf{"hidden"}, p.hidden...);
+    }
+  };
+
+  static constexpr bool needs_base = false;
+
+  /// Throws invalid_argument naming the field.
+  explicit LoraBank(Config config);
+
+  const Config& config() const noexcept { return config_; }
+  Index input_width() const noexcept { return config_.in; }
+  Index output_width() const noexcept { return config_.out; }
+  Index experts() const noexcept { return static_cast<Index>(config_.rank.size()); }
+  Index total_rank() const noexcept { return rank_begin_.back(); }
+  Index largest_rank() const noexcept { return largest_rank_; }
+
+  /// Uninitialised parameters of type V (weights, gradients, moments) in the caller's memory.
+  template <class V>
+  Params<V> make_params(Workspace& memory) const;
+  template <class V>
+  std::size_t params_bytes() const noexcept;
+
+  std::size_t prepared_bytes() const noexcept;
+  std::size_t scratch_bytes(Index max_tokens, Index max_slots, int workers) const noexcept;
+  std::size_t tape_bytes(Index max_tokens, Index max_slots) const noexcept;
+  Tape make_tape(Workspace& memory, Index max_tokens, Index max_slots) const;
+
+  /// Throws shape_mismatch unless the weights are those of the config.
+  Prepared prepare(const Weights& weights, Workspace& memory) const;
+
+  /// Adds into y. Throws before any write on wrong shapes or too little scratch.
+  void forward(const Prepared& prepared, const BankInput<T>& input, const Routing<T>& routing,
+               MatView<T> y, Tape* tape, const Context& context) const;
+
+  /// Adds into dgate [slots], d_input.x if given, and grad (all its tensors, or none of a kind when
+  /// its pointer list is empty).
+  void backward(const Weights& weights, const Tape& saved, const BankInput<T>& input,
+                const Routing<T>& routing, MatView<const T> dy, std::span<T> dgate,
+                const BankInputGradient<T>& d_input, const Params<T>& grad,
+                const Context& context) const;
+
+ private:
+  /// Scratch of forward and backward. Ranks are those of one slot row.
+  struct Scratch {
+    MatView<T> scaled;                        // [slots, largest rank], q h
+    MatView<T> dscaled;                       // [slots, largest rank], v, then q v
+    std::span<MatView<const T>> down, up;     // [experts], weights as T
+    std::span<MatView<T>> ddown, dup, dbias;  // [experts], gradients
+  };
+  template <class Arena>
+  Scratch take_scratch(Arena& arena, Index slots, bool backward) const;
+  template <class Arena>
+  Prepared take_prepared(Arena& arena) const;
+  template <class V, class Arena>
+  Params<V> take_params(Arena& arena) const;
+
+  void check_weights(const Weights& weights) const;
+  void check_call(const BankInput<T>& input, const Routing<T>& routing, MatView<const T> y) const;
+  bool takes_dense_path(const BankInput<T>& input, const Routing<T>& routing,
+                        const Tape* tape) const noexcept;
+  void widen_weights(const Weights& weights, const Scratch& scratch, Workspace& memory) const;
+  void gate_gradient(const Weights& weights, const Tape& saved, const BankInput<T>& input,
+                     const Routing<T>& routing, MatView<const T> dy, MatView<const T> v,
+                     std::span<T> dgate, const Context& context) const noexcept;
+
+  Config config_;
+  std::vector<Index> rank_begin_;  // [experts + 1], first row of each expert in Prepared::up
+  Index largest_rank_ = 0;
+};
+
+template <class T, class W>
+LoraBank<T, W>::LoraBank(Config config) : config_(std::move(config)), rank_begin_{0} {
+  require(config_.in > 0, Errc::invalid_argument, "LoraBank: in must be positive, got ",
+          config_.in);
+  require(config_.out > 0, Errc::invalid_argument, "LoraBank: out must be positive, got ",
+          config_.out);
+  require(!config_.rank.empty(), Errc::invalid_argument, "LoraBank: rank must name an expert");
+  require(config_.rank.size() == config_.scale.size(), Errc::invalid_argument,
+          "LoraBank: rank has ", config_.rank.size(), " experts, scale has ", config_.scale.size());
+  for (const Index rank : config_.rank) {
+    require(rank >= 0, Errc::invalid_argument, "LoraBank: rank must not be negative, got ", rank);
+    rank_begin_.push_back(rank_begin_.back() + rank);
+    largest_rank_ = std::max(largest_rank_, rank);
+  }
+}
+
+template <class T, class W>
+template <class V, class Arena>
+auto LoraBank<T, W>::take_params(Arena& arena) const -> Params<V> {
+  const auto pointers = [&](bool wanted, auto&& elements_of) -> std::span<V* const> {
+    if (!wanted) return {};
+    const std::span<V*> list = arena.template take<V*>(experts());
+    for (Index e = 0; e < experts(); ++e) {
+      const std::span<V> block = arena.template take<V>(elements_of(e));
+      if (!list.empty()) list[e] = block.data();
+    }
+    return list;
+  };
+  Params<V> params;
+  params.in = config_.in;
+  params.out = config_.out;
+  params.rank = config_.rank;
+  params.down = pointers(true, [&](Index e) { return config_.rank[e] * config_.in; });
+  params.up = pointers(true, [&](Index e) { return config_.rank[e] * config_.out; });
+  params.bias = pointers(config_.bias, [&](Index) { return config_.out; });
+  return params;
+}
+
+template <class T, class W>
+template <class V>
+auto LoraBank<T, W>::make_params(Workspace& memory) const -> Params<V> {
+  return take_params<V>(memory);
+}
+
+template <class T, class W>
+template <class V>
+std::size_t LoraBank<T, W>::params_bytes() const noexcept {
+  ByteCounter counter;
+  take_params<V>(counter);
+  return counter.bytes();
+}
+
+template <class T, class W>
+template <class Arena>
+auto LoraBank<T, W>::take_prepared(Arena& arena) const -> Prepared {
+  Prepared prepared;
+  prepared.down = arena.template take<Panels<T>>(experts());
+  const std::span<T> down = arena.template take<T>(total_rank() * config_.in);
+  const std::span<T> up = arena.template take<T>(total_rank() * config_.out);
+  prepared.up = {up.data(), total_rank(), config_.out};
+  if (config_.bias) prepared.bias = arena.template take<T>(experts(), config_.out);
+  for (std::size_t e = 0; e < prepared.down.size(); ++e) {
+    prepared.down[e] = {down.data() + rank_begin_[e] * config_.in, config_.in, config_.rank[e]};
+  }
+  return prepared;
+}
+
+template <class T, class W>
+std::size_t LoraBank<T, W>::prepared_bytes() const noexcept {
+  ByteCounter counter;
+  take_prepared(counter);
+  return counter.bytes();
+}
+
+template <class T, class W>
+void LoraBank<T, W>::check_weights(const Weights& weights) const {
+  const auto expected = static_cast<std::size_t>(experts());
+  require(weights.in == config_.in && weights.out == config_.out, Errc::shape_mismatch,
+          "LoraBank weights: expected ", config_.in, " -> ", config_.out, ", got ", weights.in,
+          " -> ", weights.out);
+  require(std::equal(weights.rank.begin(), weights.rank.end(), config_.rank.begin(),
+                     config_.rank.end()),
+          Errc::shape_mismatch, "LoraBank weights: the ranks differ from those of the config");
+  require(weights.down.size() == expected && weights.up.size() == expected &&
+              weights.bias.size() == (config_.bias ? expected : 0),
+          Errc::shape_mismatch, "LoraBank weights: expected down, up", config_.bias ? ", bias" : "",
+          " of ", expected, " experts, got ", weights.down.size(), ", ", weights.up.size(), ", ",
+          weights.bias.size());
+}
+
+template <class T, class W>
+auto LoraBank<T, W>::prepare(const Weights& weights, Workspace& memory) const -> Prepared {
+  check_weights(weights);
+  const Prepared prepared = take_prepared(memory);
+  for (Index e = 0; e < experts(); ++e) {
+    pack_panels(weights.down_of(e), const_cast<T*>(prepared.down[e].data));
+    for (Index p = 0; p < prepared.up.count(); ++p) {
+      const MatView<const T> panel = prepared.up.panel(p);
+      const MatView<const W> rows = weights.up_of(e).row_block(p * kPanel, panel.cols);
+      T* to = const_cast<T*>(panel.data) + rank_begin_[e] * panel.cols;
+      for (Index r = 0; r < rows.cols; ++r) {
+        for (Index n = 0; n < panel.cols; ++n) to[r * panel.cols + n] = widen<T>(rows(n, r));
+      }
+    }
+    for (Index n = 0; n < prepared.bias.cols; ++n) {
+      prepared.bias(e, n) = widen<T>(weights.bias_of(e)(0, n));
+    }
+  }
+  return prepared;
+}
+
+template <class T, class W>
+template <class Arena>
+auto LoraBank<T, W>::take_scratch(Arena& arena, Index slots, bool backward) const -> Scratch {
+  Scratch scratch;
+  scratch.scaled = arena.template take<T>(slots, largest_rank_);
+  if (!backward) return scratch;
+  scratch.dscaled = arena.template take<T>(slots, largest_rank_);
+  scratch.down = arena.template take<MatView<const T>>(experts());
+  scratch.up = arena.template take<MatView<const T>>(experts());
+  scratch.ddown = arena.template take<MatView<T>>(experts());
+  scratch.dup = arena.template take<MatView<T>>(experts());
+  scratch.dbias = arena.template take<MatView<T>>(experts());
+  return scratch;
+}
+
+template <class T, class W>
+std::size_t LoraBank<T, W>::scratch_bytes(Index, Index max_slots, int) const noexcept {
+  ByteCounter counter;
+  take_scratch(counter, max_slots, true);
+  if constexpr (!std::is_same_v<T, W>) take_params<T>(counter);
+  return counter.bytes();
+}
+
+template <class T, class W>
+std::size_t LoraBank<T, W>::tape_bytes(Index, Index max_slots) const noexcept {
+  ByteCounter counter;
+  counter.take<T>(max_slots, largest_rank_);
+  return counter.bytes();
+}
+
+template <class T, class W>
+auto LoraBank<T, W>::make_tape(Workspace& memory, Index, Index max_slots) const -> Tape {
+  return {memory.take<T>(max_slots, largest_rank_)};
+}
+
+template <class T, class W>
+void LoraBank<T, W>::check_call(const BankInput<T>& input, const Routing<T>& routing,
+                                MatView<const T> y) const {
+  require(routing.experts == experts(), Errc::shape_mismatch, "LoraBank: routing has ",
+          routing.experts, " experts, the bank has ", experts());
+  const auto rows = [&](RowsBy by) {
+    return by == RowsBy::token ? routing.tokens : routing.slots();
+  };
+  require_shape("x", input.x, rows(input.x_rows), config_.in);
+  require_shape("y", y, rows(input.y_rows), config_.out);
+}
+
+template <class T, class W>
+bool LoraBank<T, W>::takes_dense_path(const BankInput<T>& input, const Routing<T>& routing,
+                                      const Tape* tape) const noexcept {
+  const bool by_token = input.x_rows == RowsBy::token && input.y_rows == RowsBy::token;
+  return config_.path != BankPath::sparse && tape == nullptr && by_token && !config_.bias &&
+         routing.is_dense();
+}
+
+template <class T, class W>
+void LoraBank<T, W>::forward(const Prepared& prepared, const BankInput<T>& input,
+                             const Routing<T>& routing, MatView<T> y, Tape* tape,
+                             const Context& context) const {
+  check_call(input, routing, y);
+  if (routing.slots() == 0) return;
+  require(tape == nullptr || tape->hidden.rows >= routing.slots(), Errc::out_of_memory,
+          "LoraBank: the tape holds ", tape == nullptr ? 0 : tape->hidden.rows, " slots, got ",
+          routing.slots());
+  Workspace::Frame frame(context.scratch);
+  const std::span<const Panels<T>> down = prepared.down;
+  const std::span<const T> scale = config_.scale;
+  const std::span<const Index> ranks = rank_begin_;
+  if (takes_dense_path(input, routing, tape)) {
+    const MatView<T> hidden = context.scratch.take<T>(routing.tokens, total_rank());
+    const MatView<const T> gate(routing.gate.data(), routing.tokens, routing.experts);
+    gated::dense_forward(gate, scale, input.x, down, prepared.up, ranks, hidden, y, context);
+    return;
+  }
+  const MatView<T> scaled = take_scratch(context.scratch, routing.slots(), false).scaled;
+  const MatView<T> hidden = tape != nullptr ? tape->hidden : scaled;
+  const gated::Slots which = tape != nullptr ? gated::Slots::all : gated::Slots::active;
+  gated::down(routing.lists, which, down, input.x, input.x_rows, hidden, context);
+  gated::apply_gates<T>(routing.lists, routing.gate, scale, ranks, hidden, scaled, context);
+  gated::up<T>(routing.lists, routing.gate, scale, scaled, prepared.up, ranks, prepared.bias, y,
+               input.y_rows, context);
+}
+
+template <class T, class W>
+void LoraBank<T, W>::widen_weights(const Weights& weights, const Scratch& scratch,
+                                   Workspace& memory) const {
+  if constexpr (std::is_same_v<T, W>) {
+    for (Index e = 0; e < experts(); ++e) {
+      scratch.down[e] = weights.down_of(e);
+      scratch.up[e] = weights.up_of(e);
+    }
+  } else {
+    const Params<T> wide = take_params<T>(memory);
+    for (Index e = 0; e < experts(); ++e) {
+      const auto copy = [](MatView<const W> from, MatView<T> to) {
+        for (Index r = 0; r < to.rows; ++r) {
+          for (Index c = 0; c < to.cols; ++c) to(r, c) = widen<T>(from(r, c));
+        }
+        return to;
+      };
+      scratch.down[e] = copy(weights.down_of(e), wide.down_of(e));
+      scratch.up[e] = copy(weights.up_of(e), wide.up_of(e));
+    }
+  }
+}
+
+template <class T, class W>
+void LoraBank<T, W>::gate_gradient(const Weights& weights, const Tape& saved,
+                                   const BankInput<T>& input, const Routing<T>& routing,
+                                   MatView<const T> dy, MatView<const T> v, std::span<T> dgate,
+                                   const Context& context) const noexcept {
+  const auto body = [&](Index e, gated::SlotRange range) {
+    for (Index i = range.begin; i < range.end; ++i) {
+      const Index s = routing.lists.slot_of[i];
+      const auto rank = static_cast<std::size_t>(config_.rank[e]);
+      T sum = gated::dot<T>(v.row(s).first(rank), saved.hidden.row(s).first(rank));
+      if (config_.bias) {
+        const std::span<const T> row = dy.row(routing.lists.rows(input.y_rows)[i]);
+        const MatView<const W> bias = weights.bias_of(e);
+        for (Index n = 0; n < config_.out; ++n) sum = std::fma(widen<T>(bias(0, n)), row[n], sum);
+      }
+      dgate[s] = std::fma(config_.scale[e], sum, dgate[s]);
+    }
+  };
+  gated::for_each_slot_tile(routing.lists, gated::Slots::all, v.cols, context, body);
+}
+
+template <class T, class W>
+void LoraBank<T, W>::backward(const Weights& weights, const Tape& saved, const BankInput<T>& input,
+                              const Routing<T>& routing, MatView<const T> dy, std::span<T> dgate,
+                              const BankInputGradient<T>& d_input, const Params<T>& grad,
+                              const Context& context) const {
+  check_weights(weights);
+  check_call(input, routing, dy);
+  require(static_cast<Index>(dgate.size()) >= routing.slots(), Errc::shape_mismatch,
+          "LoraBank: dgate has ", dgate.size(), " elements, the routing has ", routing.slots(),
+          " slots");
+  if (d_input.x.data != nullptr) require_shape("dx", d_input.x, input.x.rows, config_.in);
+  if (routing.slots() == 0) return;
+  Workspace::Frame frame(context.scratch);
+  const Scratch scratch = take_scratch(context.scratch, routing.slots(), true);
+  widen_weights(weights, scratch, context.scratch);
+  const SlotLists& lists = routing.lists;
+  const std::span<const T> scale = config_.scale;
+  const std::span<const Index> ranks = rank_begin_;
+  const MatView<T> v = scratch.dscaled;
+
+  gated::up_transposed<T>(lists, scratch.up, dy, input.y_rows, v, context);
+  gate_gradient(weights, saved, input, routing, dy, v, dgate, context);
+  gated::apply_gates<T>(lists, routing.gate, scale, ranks, saved.hidden, scratch.scaled, context);
+  gated::apply_gates<T>(lists, routing.gate, scale, ranks, v, v, context);
+  for (Index e = 0; e < experts(); ++e) {
+    if (!grad.down.empty()) scratch.ddown[e] = grad.down_of(e);
+    if (!grad.up.empty()) scratch.dup[e] = grad.up_of(e);
+    if (!grad.bias.empty()) scratch.dbias[e] = grad.bias_of(e);
+  }
+  if (!grad.up.empty()) {
+    gated::up_gradient<T>(lists, dy, input.y_rows, scratch.scaled, scratch.dup, context);
+  }
+  if (!grad.bias.empty()) {
+    gated::bias_gradient<T>(lists, routing.gate, scale, dy, input.y_rows, scratch.dbias, context);
+  }
+  if (!grad.down.empty()) {
+    gated::down_gradient<T>(lists, v, input.x, input.x_rows, scratch.ddown, context);
+  }
+  if (d_input.x.data != nullptr) {
+    gated::down_transposed<T>(lists, v, scratch.down, d_input.x, input.x_rows, context);
+  }
+}
+
+#ifndef MOLE_HEADER_ONLY
+extern template class LoraBank<float>;
+extern template class LoraBank<double>;
+extern template class LoraBank<float, bf16>;
+extern template class LoraBank<float, f16>;
+extern template class LoraBank<float, double>;
+extern template class LoraBank<double, float>;
+#endif
+
+static_assert(ExpertBank<LoraBank<float>>);
+
+}  // namespace mole::inline MOLE_ABI
