@@ -29,6 +29,8 @@ class Mixture {
   using Buffers = typename R::Buffers;
   template <class V>
   using Carry = typename R::template Carry<V>;
+  using RouterTape = typename R::Tape;
+  using ExpertTape = typename B::Tape;
   static constexpr bool needs_base = B::needs_base;
 
   /// Weights, gradients or moments: router.*, experts.*.
