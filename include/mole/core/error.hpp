@@ -3,6 +3,7 @@
 // noexcept and never see bad input.
 #pragma once
 
+#include <charconv>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -59,11 +60,14 @@ class Error : public std::runtime_error {
 
 namespace detail {
 
-/// One word of a message: text as it is, numbers in decimal.
+/// One word of a message: text as it is, numbers in the fewest digits that read back the same.
 template <class T>
 std::string text(const T& part) {
   if constexpr (std::is_convertible_v<const T&, std::string_view>) {
     return std::string(std::string_view(part));
+  } else if constexpr (std::is_floating_point_v<T>) {
+    char digits[64];
+    return std::string(digits, std::to_chars(digits, digits + sizeof digits, part).ptr);
   } else {
     return std::to_string(part);
   }

@@ -47,12 +47,21 @@ void visit_group(const Leaf& group, F&& f, P&... parts) {
 
 namespace params {
 
+/// require_shape with the path of the tensor in the message; no text is made unless it fails.
+template <class T>
+void require_leaf_shape(const Leaf& leaf, const MatView<T>& view, Index rows, Index cols) {
+  const bool usable = view.empty() || (view.data != nullptr && view.stride >= cols);
+  if (view.rows != rows || view.cols != cols || !usable) {
+    require_shape(leaf.path(), view, rows, cols);
+  }
+}
+
 /// Throws shape_mismatch unless every tensor of `more` has the shape it has in `first`.
 template <class P, class... More>
 void require_same_shapes(const P& first, const More&... more) {
   P::visit(
       [](const Leaf& leaf, const auto& view, const auto&... views) {
-        (require_shape(leaf.name, views, view.rows, view.cols), ...);
+        (require_leaf_shape(leaf, views, view.rows, view.cols), ...);
       },
       first, more...);
 }

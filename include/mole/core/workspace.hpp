@@ -8,6 +8,7 @@
 #include <new>
 #include <span>
 #include <type_traits>
+#include <utility>
 
 #include "mole/core/config.hpp"
 #include "mole/core/error.hpp"
@@ -57,9 +58,11 @@ class Workspace {
   template <class T>
   std::span<T> take(Index count) {
     static_assert(std::is_trivially_copyable_v<T> && alignof(T) <= kAlignment);
-    const std::size_t bytes = aligned_bytes(static_cast<std::size_t>(count) * sizeof(T));
-    require(bytes <= memory_.size() - used_, Errc::out_of_memory, "workspace: ", bytes,
-            " more bytes needed, ", memory_.size() - used_, " of ", memory_.size(), " are free");
+    const auto wanted = static_cast<std::size_t>(count);
+    const std::size_t bytes = aligned_bytes(wanted * sizeof(T));
+    require(count >= 0 && wanted <= free_bytes() / sizeof(T) && bytes <= free_bytes(),
+            Errc::out_of_memory, "workspace: ", count, " elements of ", sizeof(T),
+            " bytes needed, ", free_bytes(), " of ", memory_.size(), " bytes are free");
     T* first = reinterpret_cast<T*>(memory_.data() + used_);
     used_ += bytes;
     return {first, static_cast<std::size_t>(count)};
@@ -94,6 +97,13 @@ class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(std::size_t bytes) : bytes_(new std::byte[bytes]), size_(bytes) {}
+  Buffer(Buffer&& other) noexcept
+      : bytes_(std::move(other.bytes_)), size_(std::exchange(other.size_, 0)) {}
+  Buffer& operator=(Buffer&& other) noexcept {
+    bytes_ = std::move(other.bytes_);
+    size_ = std::exchange(other.size_, 0);
+    return *this;
+  }
   std::span<std::byte> span() noexcept { return {bytes_.get(), size_}; }
   std::size_t size() const noexcept { return size_; }
 

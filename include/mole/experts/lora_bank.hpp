@@ -36,12 +36,12 @@ enum class BankPath { automatic, sparse, dense };
 template <class V>
 struct LoraBankParams {
   Index in = 0, out = 0;
-  std::span<const Index> rank;  ///< [experts]
-  std::span<V* const> down;     ///< [experts], each [rank, in]
-  std::span<V* const> up;       ///< [experts], each [out, rank]
-  std::span<V* const> bias;     ///< [experts], each [out]; empty: none
-  Index down_stride = 0;        ///< elements between rows of down
-  Index up_stride = 0;          ///< elements between rows of up
+  std::span<const Index> rank = {};  ///< [experts]
+  std::span<V* const> down = {};     ///< [experts], each [rank, in]
+  std::span<V* const> up = {};       ///< [experts], each [out, rank]
+  std::span<V* const> bias = {};     ///< [experts], each [out]; empty: none
+  Index down_stride = 0;             ///< elements between rows of down
+  Index up_stride = 0;               ///< elements between rows of up
 
   MatView<V> down_of(Index e) const noexcept {
     return {down[e], rank[e], in, down_stride != 0 ? down_stride : in};
@@ -162,7 +162,6 @@ class LoraBank {
   Params<V> take_params(Arena& arena) const;
 
   void check_weights(const Weights& weights) const;
-  void check_call(const BankInput<T>& input, const Routing<T>& routing, MatView<const T> y) const;
   bool takes_dense_path(const BankInput<T>& input, const Routing<T>& routing,
                         const Tape* tape) const noexcept;
   void widen_weights(const Weights& weights, const Scratch& scratch, Workspace& memory) const;
@@ -322,18 +321,6 @@ auto LoraBank<T, W>::make_tape(Workspace& memory, Index, Index max_slots) const 
 }
 
 template <class T, class W>
-void LoraBank<T, W>::check_call(const BankInput<T>& input, const Routing<T>& routing,
-                                MatView<const T> y) const {
-  require(routing.experts == experts(), Errc::shape_mismatch, "LoraBank: routing has ",
-          routing.experts, " experts, the bank has ", experts());
-  const auto rows = [&](RowsBy by) {
-    return by == RowsBy::token ? routing.tokens : routing.slots();
-  };
-  require_shape("x", input.x, rows(input.x_rows), config_.in);
-  require_shape("y", y, rows(input.y_rows), config_.out);
-}
-
-template <class T, class W>
 bool LoraBank<T, W>::takes_dense_path(const BankInput<T>& input, const Routing<T>& routing,
                                       const Tape* tape) const noexcept {
   const bool by_token = input.x_rows == RowsBy::token && input.y_rows == RowsBy::token;
@@ -345,7 +332,7 @@ template <class T, class W>
 void LoraBank<T, W>::forward(const Prepared& prepared, const BankInput<T>& input,
                              const Routing<T>& routing, MatView<T> y, Tape* tape,
                              const Context& context) const {
-  check_call(input, routing, y);
+  require_bank_call<T>(input, routing, y, experts(), config_.in, config_.out);
   if (routing.slots() == 0) return;
   require(tape == nullptr || tape->hidden.rows >= routing.slots(), Errc::out_of_memory,
           "LoraBank: the tape holds ", tape == nullptr ? 0 : tape->hidden.rows, " slots, got ",
@@ -364,7 +351,8 @@ void LoraBank<T, W>::forward(const Prepared& prepared, const BankInput<T>& input
   const MatView<T> hidden = tape != nullptr ? tape->hidden : scaled;
   const gated::Slots which = tape != nullptr ? gated::Slots::all : gated::Slots::active;
   gated::down(routing.lists, which, down, input.x, input.x_rows, hidden, context);
-  gated::apply_gates<T>(routing.lists, routing.gate, scale, ranks, hidden, scaled, context);
+  gated::apply_gates<T>(routing.lists, routing.gate, scale, ranks, hidden, RowsBy::slot, scaled,
+                        context);
   gated::up<T>(routing.lists, routing.gate, scale, scaled, prepared.up, ranks, prepared.bias, y,
                input.y_rows, context);
 }
@@ -419,11 +407,7 @@ void LoraBank<T, W>::backward(const Weights& weights, const Tape& saved, const B
                               const BankInputGradient<T>& d_input, const Params<T>& grad,
                               const Context& context) const {
   check_weights(weights);
-  check_call(input, routing, dy);
-  require(static_cast<Index>(dgate.size()) >= routing.slots(), Errc::shape_mismatch,
-          "LoraBank: dgate has ", dgate.size(), " elements, the routing has ", routing.slots(),
-          " slots");
-  if (d_input.x.data != nullptr) require_shape("dx", d_input.x, input.x.rows, config_.in);
+  require_bank_call<T>(input, routing, dy, dgate, d_input, experts(), config_.in, config_.out);
   if (routing.slots() == 0) return;
   Workspace::Frame frame(context.scratch);
   const Scratch scratch = take_scratch(context.scratch, routing.slots(), true);
@@ -435,8 +419,9 @@ void LoraBank<T, W>::backward(const Weights& weights, const Tape& saved, const B
 
   gated::up_transposed<T>(lists, scratch.up, dy, input.y_rows, v, context);
   gate_gradient(weights, saved, input, routing, dy, v, dgate, context);
-  gated::apply_gates<T>(lists, routing.gate, scale, ranks, saved.hidden, scratch.scaled, context);
-  gated::apply_gates<T>(lists, routing.gate, scale, ranks, v, v, context);
+  gated::apply_gates<T>(lists, routing.gate, scale, ranks, saved.hidden, RowsBy::slot,
+                        scratch.scaled, context);
+  gated::apply_gates<T>(lists, routing.gate, scale, ranks, v, RowsBy::slot, v, context);
   for (Index e = 0; e < experts(); ++e) {
     if (!grad.down.empty()) scratch.ddown[e] = grad.down_of(e);
     if (!grad.up.empty()) scratch.dup[e] = grad.up_of(e);
