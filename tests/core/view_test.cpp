@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "mole/core/view.hpp"
 
+#if __has_include(<Eigen/Core>)
 #include <Eigen/Core>
+#else
+#include <eigen3/Eigen/Core>
+#endif
 #include <span>
 #include <string>
 #include <type_traits>
