@@ -44,7 +44,13 @@ install(FILES "${PROJECT_BINARY_DIR}/mole-config.cmake"
               "${PROJECT_BINARY_DIR}/mole-config-version.cmake" DESTINATION "${package_dir}")
 install(FILES "${PROJECT_SOURCE_DIR}/LICENSE" DESTINATION "${CMAKE_INSTALL_DOCDIR}")
 
-# Joined, because packagers may set absolute install directories.
+# Joined, because packagers may set absolute install directories; relative ones can be moved.
+set(pc_prefix "${CMAKE_INSTALL_PREFIX}")
+cmake_path(IS_ABSOLUTE CMAKE_INSTALL_LIBDIR libdir_is_absolute)
+if(NOT libdir_is_absolute)
+  file(RELATIVE_PATH up "/${CMAKE_INSTALL_LIBDIR}/pkgconfig" "/")
+  set(pc_prefix "\${pcfiledir}/${up}")
+endif()
 set(pc_libdir "\${prefix}")
 set(pc_includedir "\${prefix}")
 cmake_path(APPEND pc_libdir "${CMAKE_INSTALL_LIBDIR}")
