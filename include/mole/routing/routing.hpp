@@ -56,6 +56,7 @@ class RoutingTable {
   static std::size_t bytes(Index max_tokens, Index experts, Index max_per_token) noexcept;
 
   Index max_tokens() const noexcept { return max_tokens_; }
+  Index experts() const noexcept { return experts_; }
   Index max_slots() const noexcept { return max_tokens_ * max_per_token_; }
   Index max_per_token() const noexcept { return max_per_token_; }
 
