@@ -7,7 +7,7 @@ namespace mole::inline MOLE_ABI::gated {
   template void down<T>(const SlotLists&, Slots, std::span<const Panels<T>>, MatView<const T>,    \
                         RowsBy, MatView<T>, const Context&) noexcept;                             \
   template void apply_gates<T>(const SlotLists&, std::span<const T>, std::span<const T>,          \
-                               std::span<const Index>, MatView<const T>, MatView<T>,              \
+                               std::span<const Index>, MatView<const T>, RowsBy, MatView<T>,      \
                                const Context&) noexcept;                                          \
   template void up<T>(const SlotLists&, std::span<const T>, std::span<const T>, MatView<const T>, \
                       const Panels<T>&, std::span<const Index>, MatView<const T>, MatView<T>,     \

@@ -35,6 +35,31 @@ struct BankInputGradient {
   MatView<T> base = {};
 };
 
+/// Throws shape_mismatch unless the routing is for `experts` experts and x [., in] and y [., out]
+/// have a row for every token or slot.
+template <class T>
+void require_bank_call(const BankInput<T>& input, const Routing<T>& routing, MatView<const T> y,
+                       Index experts, Index in, Index out) {
+  require(routing.experts == experts, Errc::shape_mismatch, "routing: expected ", experts,
+          " experts, got ", routing.experts);
+  const auto rows = [&](RowsBy by) {
+    return by == RowsBy::token ? routing.tokens : routing.slots();
+  };
+  require_shape("x", input.x, rows(input.x_rows), in);
+  require_shape("y", y, rows(input.y_rows), out);
+}
+
+/// The same for backward: dy like y, dgate [slots], dx like x or empty.
+template <class T>
+void require_bank_call(const BankInput<T>& input, const Routing<T>& routing, MatView<const T> dy,
+                       std::span<const T> dgate, const BankInputGradient<T>& d_input, Index experts,
+                       Index in, Index out) {
+  require_bank_call(input, routing, dy, experts, in, out);
+  require(static_cast<Index>(dgate.size()) >= routing.slots(), Errc::shape_mismatch,
+          "dgate: expected ", routing.slots(), " slots, got ", dgate.size());
+  if (d_input.x.data != nullptr) require_shape("dx", d_input.x, input.x.rows, in);
+}
+
 template <class B>
 concept ExpertBank = requires {
   typename B::Scalar;

@@ -270,14 +270,7 @@ auto LoraBank<T, W>::prepare(const Weights& weights, Workspace& memory) const ->
   const Prepared prepared = take_prepared(memory);
   for (Index e = 0; e < experts(); ++e) {
     pack_panels(weights.down_of(e), const_cast<T*>(prepared.down[e].data));
-    for (Index p = 0; p < prepared.up.count(); ++p) {
-      const MatView<const T> panel = prepared.up.panel(p);
-      const MatView<const W> rows = weights.up_of(e).row_block(p * kPanel, panel.cols);
-      T* to = const_cast<T*>(panel.data) + rank_begin_[e] * panel.cols;
-      for (Index r = 0; r < rows.cols; ++r) {
-        for (Index n = 0; n < panel.cols; ++n) to[r * panel.cols + n] = widen<T>(rows(n, r));
-      }
-    }
+    pack_rows(weights.up_of(e), rank_begin_[e], prepared.up);
     for (Index n = 0; n < prepared.bias.cols; ++n) {
       prepared.bias(e, n) = widen<T>(weights.bias_of(e)(0, n));
     }

@@ -12,6 +12,7 @@
 
 #include "mole/core/config.hpp"
 #include "mole/core/context.hpp"
+#include "mole/core/half.hpp"
 #include "mole/core/view.hpp"
 
 namespace mole::inline MOLE_ABI {
@@ -63,20 +64,27 @@ struct Panels {
   }
 };
 
-/// Packs a weight [cols, depth] (PyTorch orientation), widening its elements, into `memory` of
-/// cols * depth elements.
+/// Packs a weight [cols, rows] (PyTorch orientation), widening its elements, into rows
+/// [first, first + rows) of `panels`, whose memory must be writable.
 template <class T, class W>
-Panels<T> pack_panels(MatView<const W> weight, T* memory) noexcept {
-  for (Index first = 0; first < weight.rows; first += kPanel) {
-    const Index width = weight.rows - first < kPanel ? weight.rows - first : kPanel;
-    T* panel = memory + first * weight.cols;
-    for (Index n = 0; n < width; ++n) {
+void pack_rows(MatView<const W> weight, Index first, const Panels<T>& panels) noexcept {
+  for (Index p = 0; p < panels.count(); ++p) {
+    const MatView<const T> panel = panels.panel(p);
+    T* const to = const_cast<T*>(panel.data) + first * panel.cols;
+    for (Index n = 0; n < panel.cols; ++n) {
       for (Index k = 0; k < weight.cols; ++k) {
-        panel[k * width + n] = widen<T>(weight(first + n, k));
+        to[k * panel.cols + n] = widen<T>(weight(p * kPanel + n, k));
       }
     }
   }
-  return {memory, weight.cols, weight.rows};
+}
+
+/// Packs one weight [cols, depth] into `memory` of cols * depth elements.
+template <class T, class W>
+Panels<T> pack_panels(MatView<const W> weight, T* memory) noexcept {
+  const Panels<T> panels{memory, weight.cols, weight.rows};
+  pack_rows(weight, 0, panels);
+  return panels;
 }
 
 /// Columns of panels [first, last): c(:, these columns) = a * weightᵀ, or += with from_zero false.

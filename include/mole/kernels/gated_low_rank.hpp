@@ -26,12 +26,12 @@ template <class T>
 void down(const SlotLists& lists, Slots which, std::span<const Panels<T>> down, MatView<const T> x,
           RowsBy x_rows, MatView<T> hidden, const Context& context) noexcept;
 
-/// scaled[s] = q_s hidden[s] on active slots, q_s = gate[s] * scale[expert], for the ranks
-/// rank_begin[e + 1] - rank_begin[e] of its expert. May work in place.
+/// scaled[s] = q_s hidden[row(s)] on active slots, q_s = gate[s] * scale[expert], for the ranks
+/// rank_begin[e + 1] - rank_begin[e] of its expert. May work in place if rows are slots.
 template <class T>
 void apply_gates(const SlotLists& lists, std::span<const T> gate, std::span<const T> scale,
-                 std::span<const Index> rank_begin, MatView<const T> hidden, MatView<T> scaled,
-                 const Context& context) noexcept;
+                 std::span<const Index> rank_begin, MatView<const T> hidden, RowsBy hidden_rows,
+                 MatView<T> scaled, const Context& context) noexcept;
 
 /// y[row(s)] += scaled[s] B_eᵀ + q_s β_e on active slots. up: all Bᵀ stacked and packed, expert e
 /// owns rows rank_begin[e] ... rank_begin[e + 1]. bias: [experts, out] or empty.

@@ -57,14 +57,15 @@ void down(const SlotLists& lists, Slots which, std::span<const Panels<T>> down, 
 
 template <class T>
 void apply_gates(const SlotLists& lists, std::span<const T> gate, std::span<const T> scale,
-                 std::span<const Index> rank_begin, MatView<const T> hidden, MatView<T> scaled,
-                 const Context& context) noexcept {
+                 std::span<const Index> rank_begin, MatView<const T> hidden, RowsBy hidden_rows,
+                 MatView<T> scaled, const Context& context) noexcept {
   const auto body = [&](Index e, SlotRange range) {
     const Index rank = rank_begin[e + 1] - rank_begin[e];
     for (Index i = range.begin; i < range.end; ++i) {
       const Index s = lists.slot_of[i];
+      const Index row = lists.rows(hidden_rows)[i];
       const T q = gate[s] * scale[e];
-      for (Index r = 0; r < rank; ++r) scaled(s, r) = q * hidden(s, r);
+      for (Index r = 0; r < rank; ++r) scaled(s, r) = q * hidden(row, r);
     }
   };
   for_each_slot_tile(lists, Slots::active, hidden.cols, context, body);

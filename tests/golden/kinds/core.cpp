@@ -5,6 +5,8 @@
 
 #include "golden/golden.hpp"
 #include "mole/experts/lora_bank.hpp"
+#include "mole/experts/shared_down_bank.hpp"
+#include "mole/experts/shared_up_bank.hpp"
 #include "mole/routing/routing.hpp"
 
 namespace {
@@ -182,6 +184,66 @@ void gated_low_rank(Case<T>& c) {
   c.check_same_bits(y[0], y[1], "the sparse and the dense path differ");
 }
 
+/// Pointers to the matrices of a stack of `experts`.
+template <class V>
+std::vector<V*> unstack(MatView<V> stack, std::size_t experts) {
+  std::vector<V*> pointers;
+  for (std::size_t e = 0; e < experts; ++e)
+    pointers.push_back(stack.data + e * stack.size() / experts);
+  return pointers;
+}
+
+/// Gradients of param.A and param.B, zeros of their shapes.
+template <class T>
+struct Gradients {
+  std::vector<T> a_values, b_values;
+  MatView<T> a, b;
+
+  explicit Gradients(Case<T>& c)
+      : a_values(c.values("param.A").size()), b_values(c.values("param.B").size()) {
+    a = {a_values.data(), c.matrix("param.A").rows, c.matrix("param.A").cols};
+    b = {b_values.data(), c.matrix("param.B").rows, c.matrix("param.B").cols};
+  }
+  void expect(Case<T>& c) const {
+    c.expect("grad.param.A", a);
+    c.expect("grad.param.B", b);
+  }
+};
+
+template <class T, class Bank>
+Bank shared_bank(Case<T>& c, Index rank) {
+  typename Bank::Config config;
+  config.in = c.extent("in.x", 1);
+  config.out = c.extent("in.dy", 1);
+  config.rank = rank;
+  config.scale = c.template copy<T>("in.scale");
+  return Bank(config);
+}
+
+template <class T>
+void shared_down(Case<T>& c) {
+  const auto bank = shared_bank<T, mole::SharedDownBank<T>>(c, c.extent("param.A", 0));
+  const Gradients<T> gradients(c);
+  const auto up = unstack(c.matrix("param.B"), bank.experts());
+  const auto dup = unstack(gradients.b, bank.experts());
+  run_bank(c, bank, {c.matrix("param.A"), bank.output_width(), up},
+           {gradients.a, bank.output_width(), dup});
+  gradients.expect(c);
+}
+
+template <class T>
+void shared_up(Case<T>& c) {
+  const auto bank = shared_bank<T, mole::SharedUpBank<T>>(c, c.extent("param.B", 1));
+  const Gradients<T> gradients(c);
+  const auto down = unstack(c.matrix("param.A"), bank.experts());
+  const auto ddown = unstack(gradients.a, bank.experts());
+  run_bank(c, bank, {bank.input_width(), down, c.matrix("param.B")},
+           {bank.input_width(), ddown, gradients.b});
+  gradients.expect(c);
+}
+
 GOLDEN_KIND("core.gated_lowrank", gated_low_rank);
+GOLDEN_KIND("core.shared_a", shared_down);
+GOLDEN_KIND("core.shared_b", shared_up);
 
 }  // namespace
