@@ -2,12 +2,52 @@
 #include "mole/kernels/math.hpp"
 
 namespace mole::inline MOLE_ABI::math {
+namespace {
 
-template float exp(float) noexcept;
-template float expm1(float) noexcept;
-template float log(float) noexcept;
-template float log1p(float) noexcept;
-template float tanh(float) noexcept;
+using Function = float (*)(float) noexcept;
+
+// std::fma is a call where the compiler may not assume the instruction. Everything is inlined into
+// a function that may, and taken if the processor has it; fused is fused, so the bits are the same.
+#if defined(__x86_64__) && !defined(__FMA__)
+template <Function kFunction>
+[[gnu::target("fma"), gnu::flatten]] float with_hardware_fma(float x) noexcept {
+  return kFunction(x);
+}
+
+template <Function kFunction>
+float best(float x) noexcept {
+  return __builtin_cpu_supports("fma") ? with_hardware_fma<kFunction>(x) : kFunction(x);
+}
+#else
+template <Function kFunction>
+float best(float x) noexcept {
+  return kFunction(x);
+}
+#endif
+
+}  // namespace
+
+template <>
+float exp(float x) noexcept {
+  return best<single::exp<float>>(x);
+}
+template <>
+float expm1(float x) noexcept {
+  return best<single::expm1<float>>(x);
+}
+template <>
+float log(float x) noexcept {
+  return best<single::log<float>>(x);
+}
+template <>
+float log1p(float x) noexcept {
+  return best<single::log1p<float>>(x);
+}
+template <>
+float tanh(float x) noexcept {
+  return best<single::tanh<float>>(x);
+}
+
 template float sigmoid(float) noexcept;
 template float softplus(float) noexcept;
 template float sqrt(float) noexcept;
