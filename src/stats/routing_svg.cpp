@@ -3,6 +3,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <array>
 #include <iterator>
 #include <string_view>
@@ -45,7 +46,8 @@ void add(std::string& out, fmt::format_string<Args...> format, Args&&... args) {
 template <class T>
 void draw_token(std::string& svg, const Routing<T>& routing, Index token, std::string_view text,
                 int x, int y) {
-  add(svg, "<text class='token' x='{}' y='{}'>{}</text>\n", x + kCellWidth / 2, y - 8,
+  const char* size = text.size() > 7 ? " style='font-size:10px'" : "";
+  add(svg, "<text class='token' x='{}' y='{}'{}>{}</text>\n", x + kCellWidth / 2, y - 8, size,
       escaped(text, true));
   const int height = static_cast<int>(routing.experts) * kCellHeight;
   add(svg, "<rect class='frame' x='{}' y='{}' width='{}' height='{}'/>\n", x, y, kCellWidth,
@@ -54,12 +56,12 @@ void draw_token(std::string& svg, const Routing<T>& routing, Index token, std::s
     const double gate = static_cast<double>(routing.gate[s]);
     if (gate == 0) continue;
     const int top = y + routing.expert[s] * kCellHeight;
-    add(svg,
-        "<rect x='{}' y='{}' width='{}' height='{}' fill='{}' fill-opacity='{:.3f}'/>"
-        "<text class='{}' x='{}' y='{}'>{:.2f}</text>\n",
-        x, top, kCellWidth, kCellHeight, kColours[routing.expert[s] % kColours.size()],
-        gate < 0 ? 0 : (gate > 1 ? 1 : gate), gate > 0.55 ? "light" : "dark", x + kCellWidth / 2,
-        top + 14, gate);
+    add(svg, "<rect x='{}' y='{}' width='{}' height='{}' fill='{}' fill-opacity='{:.3f}'/>\n", x,
+        top, kCellWidth, kCellHeight, kColours[routing.expert[s] % kColours.size()],
+        std::clamp(gate, 0.0, 1.0));
+    if (gate < 0.005) continue;  // would read 0.00
+    add(svg, "<text class='{}' x='{}' y='{}'>{:.2f}</text>\n", gate > 0.65 ? "light" : "dark",
+        x + kCellWidth / 2, top + 14, gate);
   }
 }
 
@@ -101,9 +103,9 @@ std::string routing_svg(const Routing<T>& routing, std::span<const std::string> 
           escaped(options.row_titles[row], false));
     }
     for (Index e = 0; e < routing.experts; ++e) {
-      add(svg, "<text class='name' x='{}' y='{}' style='fill:{}'>{}</text>\n", kMargin + kLabelWidth - 8,
-          y + 14 + static_cast<int>(e) * kCellHeight, kColours[e % kColours.size()],
-          escaped(expert_names[e], false));
+      add(svg, "<text class='name' x='{}' y='{}' style='fill:{}'>{}</text>\n",
+          kMargin + kLabelWidth - 8, y + 14 + static_cast<int>(e) * kCellHeight,
+          kColours[e % kColours.size()], escaped(expert_names[e], false));
     }
     for (Index t = row * per_row; t < routing.tokens && t < (row + 1) * per_row; ++t) {
       draw_token(svg, routing, t, token_text[t],
