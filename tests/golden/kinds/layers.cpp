@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // layer.*: mixtures on a linear map with a frozen weight. lora.*: plain LoRA on a linear map, its
 // gradients and its merged weights.
+#include <algorithm>
 #include <limits>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -147,7 +149,7 @@ void run_top_k(Case<T>& c, typename mole::TopKRouter<T>::Order order, mole::Load
   bank.out = c.extent("param.B", 1);
   bank.rank.assign(experts, rank);
   bank.scale.assign(experts, scale_of(c, rank));
-  const Layer layer(Mixture(mole::TopKRouter<T>(routing), mole::LoraBank<T>(bank)));
+  const Layer layer{Mixture{mole::TopKRouter<T>(routing), mole::LoraBank<T>(bank)}};
 
   const ExpertPointers<const T> parts(experts, a, b);
   const typename Layer::Weights weights{c.matrix("param.weight"),
@@ -194,7 +196,7 @@ void hydralora(Case<T>& c) {
   bank.rank = a.rows;
   bank.scale.assign(experts, scale_of(c, a.rows));
   const mole::DenseRouter<T> router({.width = a.cols, .experts = experts});
-  const Layer layer(Mixture(router, mole::SharedDownBank<T>(bank)));
+  const Layer layer{Mixture{router, mole::SharedDownBank<T>(bank)}};
 
   const ExpertPointers<const T> parts(experts, {}, b);
   const typename Layer::Weights weights{
