@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Four LoRA adapters of one language model, mixed token by token on one of its linear layers, and
-// checked against PEFT. Prints who worked on what and writes the picture routing.svg.
+// checked against PEFT. Prints who worked on what and writes the picture 01_quickstart.svg.
 #include <fmt/core.h>
 
 #include <chrono>
@@ -70,7 +70,7 @@ int main() {
   const auto picture = routing_svg<float>(
       top2.routing(), recorded.token_texts(), names,
       {.title = "Who works on which token: top-2 of four adapters", .row_titles = names});
-  std::ofstream("routing.svg") << picture;
-  fmt::print("\nPicture: routing.svg\n");
+  std::ofstream("01_quickstart.svg") << picture;
+  fmt::print("\nPicture: 01_quickstart.svg\n");
   return worst <= 5e-6 ? 0 : 1;
 }
