@@ -25,7 +25,7 @@ class Random {
   /// Uniform in [0, 1), a multiple of 2^-53.
   double uniform(std::uint64_t n) const noexcept;
 
-  /// Standard normal (Box-Muller on two words pairs of position n).
+  /// Standard normal (Box-Muller on two word pairs of position n).
   double normal(std::uint64_t n) const noexcept;
 
   /// Uniform in 0 ... count - 1 for count < 2^32; the bias is below count / 2^64.
