@@ -20,6 +20,7 @@
 #include "mole/kernels/gated.hpp"
 #include "mole/kernels/gated_low_rank.hpp"
 #include "mole/kernels/math.hpp"
+#include "mole/kernels/shared_low_rank.hpp"
 
 #include "mole/routing/call.hpp"
 #include "mole/routing/linear.hpp"
@@ -35,6 +36,8 @@
 
 #include "mole/experts/expert_bank.hpp"
 #include "mole/experts/lora_bank.hpp"
+#include "mole/experts/shared_down_bank.hpp"
+#include "mole/experts/shared_up_bank.hpp"
 
 #include "mole/losses/balance.hpp"
 
