@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "support/alloc_counter.hpp"
+
+#include <memory>
+#include <new>
+#include <thread>
+#include <vector>
+
+#include "support/catch.hpp"
+
+namespace {
+
+/// Keeps the compiler from removing an allocation that nobody reads.
+void* volatile sink;
+
+template <class Body>
+long allocations_of(Body&& body) {
+  const long before = test::allocations();
+  body();
+  return test::allocations() - before;
+}
+
+void fill_a_vector() {
+  std::vector<int> numbers(1000);
+  sink = numbers.data();
+}
+
+}  // namespace
+
+TEST_CASE("the allocation counter sees every way to allocate", "[support]") {
+  if (!test::kCountsAllocations) return;
+  CHECK(allocations_of([] { sink = nullptr; }) == 0);
+  CHECK(allocations_of(fill_a_vector) == 1);
+  CHECK(allocations_of([] {
+          void* block = std::malloc(8);
+          sink = block;
+          std::free(block);
+        }) == 1);
+  CHECK(allocations_of([] {
+          void* block = std::calloc(2, 8);
+          sink = block;
+          block = std::realloc(block, 1 << 20);
+          sink = block;
+          std::free(block);
+        }) == 2);
+  CHECK(allocations_of([] {
+          void* block = std::aligned_alloc(64, 128);
+          sink = block;
+          std::free(block);
+        }) == 1);
+  struct alignas(128) Wide {
+    double values[16];
+  };
+  CHECK(allocations_of([] {
+          const auto wide = std::make_unique<Wide>();
+          sink = wide.get();
+        }) == 1);
+}
+
+TEST_CASE("the allocation counter sees other threads", "[support]") {
+  if (!test::kCountsAllocations) return;
+  const long alone = allocations_of([] { std::thread([] { sink = nullptr; }).join(); });
+  CHECK(allocations_of([] { std::thread(fill_a_vector).join(); }) > alone);
+}
