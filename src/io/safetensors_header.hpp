@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+// The header of a safetensors file, parsed and checked against the size of its data.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "mole/io/safetensors.hpp"
+
+namespace mole::inline MOLE_ABI {
+namespace io {
+
+inline constexpr std::uint64_t kHeaderStart = 8;
+
+struct HeaderEntry {
+  std::string name;
+  Dtype dtype = Dtype::f32;
+  std::vector<Index> shape;
+  std::uint64_t begin = 0, end = 0;  ///< bytes from the start of the data
+};
+
+struct Header {
+  std::vector<HeaderEntry> entries;  ///< sorted by name
+  std::map<std::string, std::string> metadata;
+};
+
+/// The header length in the first 8 bytes, checked against the file's size and the limits.
+std::uint64_t header_length(std::span<const std::byte> start, std::uint64_t file_bytes,
+                            const std::string& file, const SafeTensorsLimits& limits);
+
+/// `file` is the name that starts every message.
+Header parse_header(std::string_view text, std::uint64_t data_bytes, const std::string& file,
+                    const SafeTensorsLimits& limits);
+
+}  // namespace io
+}  // namespace mole::inline MOLE_ABI
