@@ -30,3 +30,6 @@ function(mole_use_headers_of target dependency)
   target_compile_definitions(
     ${target} PRIVATE $<TARGET_PROPERTY:${dependency},INTERFACE_COMPILE_DEFINITIONS>)
 endfunction()
+
+# GCC 12 warns about its own AVX-512 intrinsics where Eigen uses them.
+set(MOLE_NO_AVX512_NOISE $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized$<SEMICOLON>-Wno-uninitialized>)

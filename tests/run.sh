@@ -20,7 +20,7 @@ failed_as_a_whole() {
 build() {
   cmake --preset "$1" >"out/$1.log" 2>&1 && cmake --build --preset "${2:-$1}" -j "$jobs" \
     >>"out/$1.log" 2>&1 && return
-  grep -E -A 15 'error|Error|FAILED' "out/$1.log" | tail -n 80
+  grep -E -A 4 'error: |CMake Error|undefined reference' "out/$1.log" | head -n 60
   return 1
 }
 
