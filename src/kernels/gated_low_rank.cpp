@@ -27,6 +27,10 @@ namespace mole::inline MOLE_ABI::gated {
   template void bias_gradient<T>(const SlotLists&, std::span<const T>, std::span<const T>,        \
                                  MatView<const T>, RowsBy, std::span<const MatView<T>>,           \
                                  const Context&) noexcept;                                        \
+  template void gate_gradient<T>(const SlotLists&, std::span<const T>, std::span<const Index>,    \
+                                 MatView<const T>, MatView<const T>, RowsBy,                      \
+                                 std::span<const MatView<const T>>, MatView<const T>, RowsBy,     \
+                                 std::span<T>, const Context&) noexcept;                          \
   template T dot<T>(std::span<const T>, std::span<const T>) noexcept;
 
 MOLE_GATED_LOOPS(float)

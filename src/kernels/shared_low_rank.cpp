@@ -14,9 +14,7 @@ namespace mole::inline MOLE_ABI::gated {
   template void multiply<T>(Rows, MatView<const T>, MatView<const T>, bool, MatView<T>,        \
                             const Context&) noexcept;                                          \
   template void outer<T>(Rows, MatView<const T>, MatView<const T>, MatView<T>,                 \
-                         const Context&) noexcept;                                             \
-  template void gate_gradient<T>(const SlotLists&, std::span<const T>, MatView<const T>,       \
-                                 MatView<const T>, RowsBy, std::span<T>, const Context&) noexcept;
+                         const Context&) noexcept;
 
 MOLE_SHARED_LOOPS(float)
 MOLE_SHARED_LOOPS(double)

@@ -169,16 +169,18 @@ class BankContract {
     CHECK(bit_difference(from_x.dgate, want.dgate) == "");
     CHECK(difference(gathered(from_x.dx, token, by_token.x.rows()), want.dx, rounding<T>()) == "");
     CHECK(difference(from_x.params, want.params, rounding<T>()) == "");
-    if (Bank::needs_base) return;
 
     c.y_rows = RowsBy::slot;
     c.dy = spread(by_token.dy);
+    if (Bank::needs_base) c.base = spread(by_token.base);
     c.y = Matrix<T>(c.dy.rows(), c.dy.cols());
     const Matrix<T> y = gathered(trial_.forward(c), token, by_token.y.rows());
     CHECK(difference(sum(y, by_token.y), trial_.forward(by_token), rounding<T>()) == "");
     const BankGradient<T> g = trial_.backward(c);
     CHECK(bit_difference(g.dgate, want.dgate) == "");
     CHECK(difference(g.params, want.params, rounding<T>()) == "");
+    CHECK(difference(gathered(g.dbase, token, by_token.base.rows()), want.dbase, rounding<T>()) ==
+          "");
     c.x_rows = RowsBy::token;
     c.x = by_token.x;
     CHECK(difference(trial_.backward(c).dx, want.dx, rounding<T>()) == "");

@@ -263,3 +263,59 @@ TEST_CASE("LoraBank refuses weights of another shape", "[bank]") {
   CHECK(refused([](auto& w) { w.up = w.up.first(4); }));
   CHECK(refused([](auto& w) { w.bias = {}; }));
 }
+
+TEST_CASE("LoraBank refuses matrices without memory, and strides below their columns", "[bank]") {
+  const LoraBank<float> bank(large<float>(true));
+  const test::BankTrial trial(bank);
+  mole::Buffer memory(bank.prepared_bytes());
+  const auto refused = [&](auto&& change) {
+    LoraBank<float>::Weights weights = trial.params();
+    change(weights);
+    mole::Workspace workspace(memory.span());
+    CHECK_THROWS_AS(bank.prepare(weights, workspace), mole::Error);
+  };
+  std::vector<const float*> holes(5, nullptr);
+  refused([&](auto& w) { w.down = holes; });
+  refused([&](auto& w) { w.up = holes; });
+  refused([&](auto& w) { w.bias = holes; });
+  refused([](auto& w) { w.down_stride = 130; });
+  refused([](auto& w) { w.up_stride = 66; });
+}
+
+TEST_CASE("LoraBank refuses gradients and tapes of another shape", "[bank]") {
+  using Trial = test::BankTrial<LoraBank<float>>;
+  const LoraBank<float> bank(large<float>(false)), with_bias(large<float>(true));
+  const Trial trial(bank);
+  const auto c = trial.call(test::dense_slots(3, 5));
+  const test::OwnedRouting<float> routing(c.slots, 5);
+  Trial::Memory memory(trial, *routing, {});
+  Trial::Gradients good(trial, c, *routing, 0), biased(Trial(with_bias), c, *routing, 0);
+  const auto tape = memory.make_tape(trial, *routing);
+  const auto run = [&](const LoraBank<float>::Tape& saved, LoraBank<float>::Params<float> grad) {
+    bank.backward(trial.params(), saved, trial.input(c), *routing, c.dy.view(), good.value.dgate,
+                  {}, grad, memory.context);
+  };
+  Matrix<float> y = c.y;
+  auto written = tape;
+  bank.forward(trial.prepared(), trial.input(c), *routing, y, &written, memory.context);
+  CHECK_NOTHROW(run(tape, good.params));
+  CHECK_THROWS_AS(run(tape, biased.params), mole::Error);
+  CHECK_THROWS_AS(run({}, good.params), mole::Error);
+  CHECK_THROWS_AS(run({tape.hidden.row_block(0, 14)}, good.params), mole::Error);
+  auto grad = good.params;
+  grad.in = 130;
+  CHECK_THROWS_AS(run(tape, grad), mole::Error);
+  grad = good.params;
+  grad.up = grad.up.first(4);
+  CHECK_THROWS_AS(run(tape, grad), mole::Error);
+  grad.up = {};
+  CHECK_NOTHROW(run(tape, grad));
+}
+
+TEST_CASE("parameters outlive the bank that shaped them", "[bank]") {
+  mole::Buffer memory(LoraBank<float>(large<float>(true)).params_bytes<float>());
+  mole::Workspace workspace(memory.span());
+  const auto params = LoraBank<float>(large<float>(true)).make_params<float>(workspace);
+  CHECK(std::vector<Index>(params.rank.begin(), params.rank.end()) == large<float>(true).rank);
+  CHECK(mole::params::count(params) == (131 + 149) * 87 + 5 * 149);
+}

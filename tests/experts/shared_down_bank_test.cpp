@@ -114,3 +114,32 @@ TEST_CASE("SharedDownBank refuses weights of another shape", "[bank]") {
   CHECK(refused([](auto& w) { w.out = 150; }));
   CHECK(refused([](auto& w) { w.up = w.up.first(2); }));
 }
+
+TEST_CASE("SharedDownBank refuses gradients and tapes of another shape", "[bank]") {
+  using Bank = SharedDownBank<float>;
+  using Trial = test::BankTrial<Bank>;
+  const Bank bank(config_of<float>(7));
+  const Trial trial(bank);
+  const auto c = trial.call(test::dense_slots(3, 3));
+  const test::OwnedRouting<float> routing(c.slots, 3);
+  Trial::Memory memory(trial, *routing, {});
+  Trial::Gradients good(trial, c, *routing, 0);
+  auto tape = memory.make_tape(trial, *routing);
+  test::Matrix<float> y = c.y;
+  bank.forward(trial.prepared(), trial.input(c), *routing, y, &tape, memory.context);
+  const auto run = [&](const Bank::Tape& saved, const Bank::Params<float>& grad) {
+    bank.backward(trial.params(), saved, trial.input(c), *routing, c.dy.view(), good.value.dgate,
+                  {}, grad, memory.context);
+  };
+  CHECK_NOTHROW(run(tape, good.params));
+  CHECK_THROWS_AS(run({}, good.params), mole::Error);
+  auto grad = good.params;
+  grad.up = grad.up.first(2);
+  CHECK_THROWS_AS(run(tape, grad), mole::Error);
+  grad = good.params;
+  grad.down.rows = 6;
+  CHECK_THROWS_AS(run(tape, grad), mole::Error);
+  grad = good.params;
+  grad.down.data = nullptr;
+  CHECK_NOTHROW(run(tape, grad));
+}

@@ -38,23 +38,30 @@ void single_steps_reversed(void*, Index count, Index, mole::RangeBody body, void
 /// Experts of ragged rank and one call of them, rows by slot on the side of x.
 template <class T>
 struct Setup {
-  static constexpr Index kTokens = 61, kIn = 37, kOut = 131;
+  static constexpr Index kIn = 37, kOut = 131;
+  Index tokens;
   std::vector<Index> rank = {3, 2, 0, 17, 1}, rank_begin = {0, 3, 5, 5, 22, 23};
   std::vector<T> scale = {T(0.7), T(2.1), T(1), T(-0.3), T(1.9)};
-  test::OwnedRouting<T> routing{test::random_slots(kTokens, 5, 0.7, 2), 5};
+  test::OwnedRouting<T> routing;
   RowsBy x_rows = RowsBy::slot, y_rows = RowsBy::token;
   std::vector<Matrix<T>> down, up;
   std::vector<std::vector<T>> packed_down;
   std::vector<T> packed_up = std::vector<T>(23 * kOut);
   std::vector<Panels<T>> down_panels;
   Panels<T> up_panels{packed_up.data(), 23, kOut};
-  Matrix<T> x, bias = rough<T>(5, kOut, 5), y = rough<T>(kTokens, kOut, 6),
-               dy = rough<T>(kTokens, kOut, 7);
+  Matrix<T> x, bias = rough<T>(5, kOut, 5), y, dy;
   Matrix<T> hidden, scaled;
   mole::Workspace none;
   mole::Context context{none, 1, single_steps_reversed};
 
-  Setup() : x(rough<T>(slots(), kIn, 4)), hidden(slots(), 17), scaled(slots(), 17) {
+  explicit Setup(Index tokens = 61)
+      : tokens(tokens),
+        routing(test::random_slots(tokens, 5, 0.7, 2), 5),
+        x(rough<T>(slots(), kIn, 4)),
+        y(rough<T>(tokens, kOut, 6)),
+        dy(rough<T>(tokens, kOut, 7)),
+        hidden(slots(), 17),
+        scaled(slots(), 17) {
     packed_down.resize(rank.size());
     for (std::size_t e = 0; e < rank.size(); ++e) {
       down.push_back(rough<T>(rank[e], kIn, 10 + e));
@@ -134,7 +141,7 @@ TEMPLATE_TEST_CASE("apply_gates: one rounded product a rank", "[kernels]", float
                                s.hidden.view(), RowsBy::slot, got.view(), s.context);
   CHECK(bit_difference(got, s.scaled) == "");
 
-  const Matrix<TestType> shared = rough<TestType>(s.kTokens, 17, 8);
+  const Matrix<TestType> shared = rough<TestType>(s.tokens, 17, 8);
   Matrix<TestType> spread(s.slots(), 17), want(s.slots(), 17);
   gated::apply_gates<TestType>(s.routing->lists, s.routing->gate, s.scale, s.rank_begin,
                                shared.view(), RowsBy::token, spread.view(), s.context);
@@ -170,19 +177,18 @@ TEMPLATE_TEST_CASE("up: one chain over experts, ranks and biases", "[kernels]", 
 TEMPLATE_TEST_CASE("dense_forward gives the bits of the sparse loops", "[kernels]", float, double) {
   using T = TestType;
   Setup<T> s;
-  s.routing = test::OwnedRouting<T>(test::dense_slots(s.kTokens, 5), 5);
+  s.routing = test::OwnedRouting<T>(test::dense_slots(s.tokens, 5), 5);
   s.x_rows = RowsBy::token;
-  s.x = rough<T>(s.kTokens, s.kIn, 4);
-  Matrix<T> hidden(s.slots(), 17), sparse = s.y, dense = s.y, all(s.kTokens, 23);
+  s.x = rough<T>(s.tokens, s.kIn, 4);
+  Matrix<T> hidden(s.slots(), 17), sparse = s.y, dense = s.y, all(s.tokens, 23);
   gated::down<T>(s.routing->lists, gated::Slots::active, s.down_panels, s.x.view(), s.x_rows,
                  hidden.view(), s.context);
   gated::apply_gates<T>(s.routing->lists, s.routing->gate, s.scale, s.rank_begin, hidden.view(),
                         RowsBy::slot, hidden.view(), s.context);
   gated::up<T>(s.routing->lists, s.routing->gate, s.scale, hidden.view(), s.up_panels, s.rank_begin,
                {}, sparse.view(), s.y_rows, s.context);
-  gated::dense_forward<T>({s.routing->gate.data(), s.kTokens, 5}, s.scale, s.x.view(),
-                          s.down_panels, s.up_panels, s.rank_begin, all.view(), dense.view(),
-                          s.context);
+  gated::dense_forward<T>({s.routing->gate.data(), s.tokens, 5}, s.scale, s.x.view(), s.down_panels,
+                          s.up_panels, s.rank_begin, all.view(), dense.view(), s.context);
   CHECK(bit_difference(dense, sparse) == "");
 }
 
@@ -201,7 +207,7 @@ TEMPLATE_TEST_CASE("the transposed loops of backward", "[kernels]", float, doubl
   });
   CHECK(bit_difference(v, want_v) == "");
 
-  Matrix<T> dx = rough<T>(s.kTokens, s.kIn, 8), want_dx = dx;
+  Matrix<T> dx = rough<T>(s.tokens, s.kIn, 8), want_dx = dx;
   gated::down_transposed<T>(s.routing->lists, v.view(), const_views(s.down), dx.view(),
                             RowsBy::token, s.context);
   s.each([&](Index t, Index slot, std::size_t e) {
@@ -217,7 +223,8 @@ TEMPLATE_TEST_CASE("the transposed loops of backward", "[kernels]", float, doubl
 TEMPLATE_TEST_CASE("parameter gradients are one chain over the tokens", "[kernels]", float,
                    double) {
   using T = TestType;
-  Setup<T> s;
+  const Index tokens = GENERATE(7, 61);  // few and many slots per expert
+  Setup<T> s(tokens);
   s.fill();
   const Matrix<T> dscaled = rough<T>(s.slots(), 17, 8);
   std::vector<Matrix<T>> dup = s.up, want_up = s.up, ddown = s.down, want_down = s.down,
@@ -257,7 +264,7 @@ TEMPLATE_TEST_CASE("mix is one chain from 0 over the experts of a row", "[kernel
   Setup<T> s;
   const Matrix<T> from = rough<T>(s.slots(), 7, 8);
   for (const RowsBy by : {RowsBy::token, RowsBy::slot}) {
-    const Index rows = by == RowsBy::token ? s.kTokens : s.slots();
+    const Index rows = by == RowsBy::token ? s.tokens : s.slots();
     Matrix<T> got(rows, 7), want(rows, 7);
     gated::mix<T>(s.routing->token_begin, s.routing->expert, s.routing->gate, s.scale, from.view(),
                   got.view(), by, s.context);

@@ -23,7 +23,7 @@ namespace mole::inline MOLE_ABI {
 template <class T>
 struct BankInput {
   MatView<const T> x;          ///< [tokens or slots, input width]
-  MatView<const T> base = {};  ///< [tokens, output width], x Wᵀ without bias; only if needs_base
+  MatView<const T> base = {};  ///< [rows of y, output width], x Wᵀ without bias; only if needs_base
   RowsBy x_rows = RowsBy::token;
   RowsBy y_rows = RowsBy::token;
 };
@@ -84,6 +84,11 @@ concept ExpertBank = requires {
   noexcept->std::convertible_to<Index>;
   { b.experts() }
   noexcept->std::convertible_to<Index>;
+  { b.template params_bytes<typename B::Scalar>() }
+  noexcept->std::convertible_to<std::size_t>;
+  {
+    b.template make_params<typename B::Scalar>(memory)
+    } -> std::same_as<typename B::template Params<typename B::Scalar>>;
   { b.prepared_bytes() }
   noexcept->std::convertible_to<std::size_t>;
   { b.scratch_bytes(n, n, int{}) }

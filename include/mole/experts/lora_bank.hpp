@@ -15,7 +15,9 @@
 
 #include <algorithm>
 #include <span>
+#include <string_view>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "mole/core/config.hpp"
@@ -152,6 +154,7 @@ class LoraBank {
     MatView<T> scaled;                        // [slots, largest rank], q h
     MatView<T> dscaled;                       // [slots, largest rank], v, then q v
     std::span<MatView<const T>> down, up;     // [experts], weights as T
+    std::span<MatView<const T>> bias;         // [experts], or empty
     std::span<MatView<T>> ddown, dup, dbias;  // [experts], gradients
   };
   template <class Arena>
@@ -161,13 +164,12 @@ class LoraBank {
   template <class V, class Arena>
   Params<V> take_params(Arena& arena) const;
 
-  void check_weights(const Weights& weights) const;
+  template <class V>
+  void check_params(std::string_view what, const Params<V>& params, bool optional) const;
+  void check_tape(const Tape& tape, Index slots) const;
   bool takes_dense_path(const BankInput<T>& input, const Routing<T>& routing,
                         const Tape* tape) const noexcept;
   void widen_weights(const Weights& weights, const Scratch& scratch, Workspace& memory) const;
-  void gate_gradient(const Weights& weights, const Tape& saved, const BankInput<T>& input,
-                     const Routing<T>& routing, MatView<const T> dy, MatView<const T> v,
-                     std::span<T> dgate, const Context& context) const noexcept;
 
   Config config_;
   std::vector<Index> rank_begin_;  // [experts + 1], first row of each expert in Prepared::up
@@ -205,7 +207,9 @@ auto LoraBank<T, W>::take_params(Arena& arena) const -> Params<V> {
   Params<V> params;
   params.in = config_.in;
   params.out = config_.out;
-  params.rank = config_.rank;
+  const std::span<Index> rank = arena.template take<Index>(experts());
+  if (!rank.empty()) std::ranges::copy(config_.rank, rank.begin());
+  params.rank = rank;
   params.down = pointers(true, [&](Index e) { return config_.rank[e] * config_.in; });
   params.up = pointers(true, [&](Index e) { return config_.rank[e] * config_.out; });
   params.bias = pointers(config_.bias, [&](Index) { return config_.out; });
@@ -249,24 +253,41 @@ std::size_t LoraBank<T, W>::prepared_bytes() const noexcept {
 }
 
 template <class T, class W>
-void LoraBank<T, W>::check_weights(const Weights& weights) const {
-  const auto expected = static_cast<std::size_t>(experts());
-  require(weights.in == config_.in && weights.out == config_.out, Errc::shape_mismatch,
-          "LoraBank weights: expected ", config_.in, " -> ", config_.out, ", got ", weights.in,
-          " -> ", weights.out);
-  require(std::equal(weights.rank.begin(), weights.rank.end(), config_.rank.begin(),
-                     config_.rank.end()),
-          Errc::shape_mismatch, "LoraBank weights: the ranks differ from those of the config");
-  require(weights.down.size() == expected && weights.up.size() == expected &&
-              weights.bias.size() == (config_.bias ? expected : 0),
-          Errc::shape_mismatch, "LoraBank weights: expected down, up", config_.bias ? ", bias" : "",
-          " of ", expected, " experts, got ", weights.down.size(), ", ", weights.up.size(), ", ",
-          weights.bias.size());
+template <class V>
+void LoraBank<T, W>::check_params(std::string_view what, const Params<V>& params,
+                                  bool optional) const {
+  if (optional && params.down.empty() && params.up.empty() && params.bias.empty()) return;
+  require(params.in == config_.in && params.out == config_.out, Errc::shape_mismatch, "LoraBank ",
+          what, ": expected ", config_.in, " -> ", config_.out, ", got ", params.in, " -> ",
+          params.out);
+  require(std::ranges::equal(params.rank, config_.rank), Errc::shape_mismatch, "LoraBank ", what,
+          ": the ranks differ from those of the config");
+  const auto fits = [&](std::span<V* const> list, bool wanted) {
+    const auto expected = static_cast<std::size_t>(wanted ? experts() : 0);
+    return list.size() == expected || (optional && list.empty());
+  };
+  require(fits(params.down, true) && fits(params.up, true) && fits(params.bias, config_.bias),
+          Errc::shape_mismatch, "LoraBank ", what, ": expected down, up",
+          config_.bias ? ", bias" : "", " of ", experts(), " experts, got ", params.down.size(),
+          ", ", params.up.size(), ", ", params.bias.size());
+  for (Index e = 0; e < experts(); ++e) {
+    const Index rank = config_.rank[e];
+    if (!params.down.empty()) require_shape("down", params.down_of(e), rank, config_.in);
+    if (!params.up.empty()) require_shape("up", params.up_of(e), config_.out, rank);
+    if (!params.bias.empty()) require_shape("bias", params.bias_of(e), 1, config_.out);
+  }
+}
+
+template <class T, class W>
+void LoraBank<T, W>::check_tape(const Tape& tape, Index slots) const {
+  require(tape.hidden.rows >= slots && tape.hidden.cols == largest_rank_, Errc::out_of_memory,
+          "LoraBank: the tape holds ", tape.hidden.rows, " slots of rank ", tape.hidden.cols,
+          ", expected ", slots, " of rank ", largest_rank_);
 }
 
 template <class T, class W>
 auto LoraBank<T, W>::prepare(const Weights& weights, Workspace& memory) const -> Prepared {
-  check_weights(weights);
+  check_params("weights", weights, false);
   const Prepared prepared = take_prepared(memory);
   for (Index e = 0; e < experts(); ++e) {
     pack_panels(weights.down_of(e), const_cast<T*>(prepared.down[e].data));
@@ -287,6 +308,7 @@ auto LoraBank<T, W>::take_scratch(Arena& arena, Index slots, bool backward) cons
   scratch.dscaled = arena.template take<T>(slots, largest_rank_);
   scratch.down = arena.template take<MatView<const T>>(experts());
   scratch.up = arena.template take<MatView<const T>>(experts());
+  if (config_.bias) scratch.bias = arena.template take<MatView<const T>>(experts());
   scratch.ddown = arena.template take<MatView<T>>(experts());
   scratch.dup = arena.template take<MatView<T>>(experts());
   scratch.dbias = arena.template take<MatView<T>>(experts());
@@ -327,9 +349,7 @@ void LoraBank<T, W>::forward(const Prepared& prepared, const BankInput<T>& input
                              const Context& context) const {
   require_bank_call<T>(input, routing, y, experts(), config_.in, config_.out);
   if (routing.slots() == 0) return;
-  require(tape == nullptr || tape->hidden.rows >= routing.slots(), Errc::out_of_memory,
-          "LoraBank: the tape holds ", tape == nullptr ? 0 : tape->hidden.rows, " slots, got ",
-          routing.slots());
+  if (tape != nullptr) check_tape(*tape, routing.slots());
   Workspace::Frame frame(context.scratch);
   const std::span<const Panels<T>> down = prepared.down;
   const std::span<const T> scale = config_.scale;
@@ -357,6 +377,7 @@ void LoraBank<T, W>::widen_weights(const Weights& weights, const Scratch& scratc
     for (Index e = 0; e < experts(); ++e) {
       scratch.down[e] = weights.down_of(e);
       scratch.up[e] = weights.up_of(e);
+      if (config_.bias) scratch.bias[e] = weights.bias_of(e);
     }
   } else {
     const Params<T> wide = take_params<T>(memory);
@@ -369,29 +390,9 @@ void LoraBank<T, W>::widen_weights(const Weights& weights, const Scratch& scratc
       };
       scratch.down[e] = copy(weights.down_of(e), wide.down_of(e));
       scratch.up[e] = copy(weights.up_of(e), wide.up_of(e));
+      if (config_.bias) scratch.bias[e] = copy(weights.bias_of(e), wide.bias_of(e));
     }
   }
-}
-
-template <class T, class W>
-void LoraBank<T, W>::gate_gradient(const Weights& weights, const Tape& saved,
-                                   const BankInput<T>& input, const Routing<T>& routing,
-                                   MatView<const T> dy, MatView<const T> v, std::span<T> dgate,
-                                   const Context& context) const noexcept {
-  const auto body = [&](Index e, gated::SlotRange range) {
-    for (Index i = range.begin; i < range.end; ++i) {
-      const Index s = routing.lists.slot_of[i];
-      const auto rank = static_cast<std::size_t>(config_.rank[e]);
-      T sum = gated::dot<T>(v.row(s).first(rank), saved.hidden.row(s).first(rank));
-      if (config_.bias) {
-        const std::span<const T> row = dy.row(routing.lists.rows(input.y_rows)[i]);
-        const MatView<const W> bias = weights.bias_of(e);
-        for (Index n = 0; n < config_.out; ++n) sum = std::fma(widen<T>(bias(0, n)), row[n], sum);
-      }
-      dgate[s] = std::fma(config_.scale[e], sum, dgate[s]);
-    }
-  };
-  gated::for_each_slot_tile(routing.lists, gated::Slots::all, v.cols, context, body);
 }
 
 template <class T, class W>
@@ -399,9 +400,11 @@ void LoraBank<T, W>::backward(const Weights& weights, const Tape& saved, const B
                               const Routing<T>& routing, MatView<const T> dy, std::span<T> dgate,
                               const BankInputGradient<T>& d_input, const Params<T>& grad,
                               const Context& context) const {
-  check_weights(weights);
+  check_params("weights", weights, false);
+  check_params("gradient", grad, true);
   require_bank_call<T>(input, routing, dy, dgate, d_input, experts(), config_.in, config_.out);
   if (routing.slots() == 0) return;
+  check_tape(saved, routing.slots());
   Workspace::Frame frame(context.scratch);
   const Scratch scratch = take_scratch(context.scratch, routing.slots(), true);
   widen_weights(weights, scratch, context.scratch);
@@ -411,7 +414,8 @@ void LoraBank<T, W>::backward(const Weights& weights, const Tape& saved, const B
   const MatView<T> v = scratch.dscaled;
 
   gated::up_transposed<T>(lists, scratch.up, dy, input.y_rows, v, context);
-  gate_gradient(weights, saved, input, routing, dy, v, dgate, context);
+  gated::gate_gradient<T>(lists, scale, ranks, v, saved.hidden, RowsBy::slot, scratch.bias, dy,
+                          input.y_rows, dgate, context);
   gated::apply_gates<T>(lists, routing.gate, scale, ranks, saved.hidden, RowsBy::slot,
                         scratch.scaled, context);
   gated::apply_gates<T>(lists, routing.gate, scale, ranks, v, RowsBy::slot, v, context);

@@ -29,7 +29,7 @@ namespace mole::inline MOLE_ABI {
 
 template <class V>
 struct SharedDownBankParams {
-  MatView<V> down = {};         ///< [rank, in]
+  MatView<V> down = {};         ///< [rank, in]; a gradient without it keeps the shape, no data
   Index out = 0;                ///< output width
   std::span<V* const> up = {};  ///< [experts], each [out, rank]
   Index up_stride = 0;          ///< elements between rows of up; 0: contiguous
@@ -133,7 +133,9 @@ class SharedDownBank {
   Scratch take_scratch(Arena& arena, Index x_rows, Index slots, bool backward) const;
   template <class V, class Arena>
   Params<V> take_params(Arena& arena) const;
-  void check_weights(const Weights& weights) const;
+  template <class V>
+  void check_params(const Params<V>& params, bool optional) const;
+  void check_tape(const Tape& tape, Index rows) const;
 
   Config config_;
   std::vector<Index> rank_begin_;  // [experts + 1], first row of each expert in Prepared::up
@@ -176,16 +178,30 @@ std::size_t SharedDownBank<T>::prepared_bytes() const noexcept {
 }
 
 template <class T>
-void SharedDownBank<T>::check_weights(const Weights& weights) const {
-  require_shape("SharedDownBank down", weights.down, config_.rank, config_.in);
-  require(weights.out == config_.out && static_cast<Index>(weights.up.size()) == experts(),
+template <class V>
+void SharedDownBank<T>::check_params(const Params<V>& params, bool optional) const {
+  if (!optional || params.down.data != nullptr) {
+    require_shape("SharedDownBank down", params.down, config_.rank, config_.in);
+  }
+  if (optional && params.up.empty()) return;
+  require(params.out == config_.out && static_cast<Index>(params.up.size()) == experts(),
           Errc::shape_mismatch, "SharedDownBank up: expected ", experts(), " experts of width ",
-          config_.out, ", got ", weights.up.size(), " of width ", weights.out);
+          config_.out, ", got ", params.up.size(), " of width ", params.out);
+  for (Index e = 0; e < experts(); ++e) {
+    require_shape("SharedDownBank up", params.up_of(e), config_.out, config_.rank);
+  }
+}
+
+template <class T>
+void SharedDownBank<T>::check_tape(const Tape& tape, Index rows) const {
+  require(tape.hidden.rows >= rows && tape.hidden.cols == config_.rank, Errc::out_of_memory,
+          "SharedDownBank: the tape holds ", tape.hidden.rows, " rows of rank ", tape.hidden.cols,
+          ", expected ", rows, " of rank ", config_.rank);
 }
 
 template <class T>
 auto SharedDownBank<T>::prepare(const Weights& weights, Workspace& memory) const -> Prepared {
-  check_weights(weights);
+  check_params(weights, false);
   T* const down = memory.take<T>(config_.rank * config_.in).data();
   T* const up = memory.take<T>(rank_begin_.back() * config_.out).data();
   const Prepared prepared{pack_panels(weights.down, down), {up, rank_begin_.back(), config_.out}};
@@ -235,9 +251,7 @@ void SharedDownBank<T>::forward(const Prepared& prepared, const BankInput<T>& in
                                 const Context& context) const {
   require_bank_call<T>(input, routing, y, experts(), config_.in, config_.out);
   if (routing.slots() == 0) return;
-  require(tape == nullptr || tape->hidden.rows >= input.x.rows, Errc::out_of_memory,
-          "SharedDownBank: the tape holds ", tape == nullptr ? 0 : tape->hidden.rows, " rows, got ",
-          input.x.rows);
+  if (tape != nullptr) check_tape(*tape, input.x.rows);
   Workspace::Frame frame(context.scratch);
   const Scratch scratch = take_scratch(context.scratch, input.x.rows, routing.slots(), false);
   const MatView<T> hidden = tape != nullptr ? tape->hidden : scratch.hidden;
@@ -260,9 +274,11 @@ void SharedDownBank<T>::backward(const Weights& weights, const Tape& saved,
                                  MatView<const T> dy, std::span<T> dgate,
                                  const BankInputGradient<T>& d_input, const Params<T>& grad,
                                  const Context& context) const {
-  check_weights(weights);
+  check_params(weights, false);
+  check_params(grad, true);
   require_bank_call<T>(input, routing, dy, dgate, d_input, experts(), config_.in, config_.out);
   if (routing.slots() == 0) return;
+  check_tape(saved, input.x.rows);
   Workspace::Frame frame(context.scratch);
   const Scratch scratch = take_scratch(context.scratch, input.x.rows, routing.slots(), true);
   const SlotLists& lists = routing.lists;
@@ -270,7 +286,8 @@ void SharedDownBank<T>::backward(const Weights& weights, const Tape& saved,
   for (Index e = 0; e < experts(); ++e) scratch.weights[e] = weights.up_of(e);
 
   gated::up_transposed<T>(lists, scratch.weights, dy, input.y_rows, scratch.v, context);
-  gated::gate_gradient<T>(lists, scale, scratch.v, saved.hidden, input.x_rows, dgate, context);
+  gated::gate_gradient<T>(lists, scale, rank_begin_, scratch.v, saved.hidden, input.x_rows, {}, dy,
+                          input.y_rows, dgate, context);
   if (!grad.up.empty()) {
     for (Index e = 0; e < experts(); ++e) scratch.gradients[e] = grad.up_of(e);
     gated::apply_gates<T>(lists, routing.gate, scale, rank_begin_, saved.hidden, input.x_rows,

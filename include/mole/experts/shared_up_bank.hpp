@@ -31,7 +31,7 @@ template <class V>
 struct SharedUpBankParams {
   Index in = 0;                   ///< input width
   std::span<V* const> down = {};  ///< [experts], each [rank, in]
-  MatView<V> up = {};             ///< [out, rank]
+  MatView<V> up = {};             ///< [out, rank]; a gradient without it keeps the shape, no data
   Index down_stride = 0;          ///< elements between rows of down; 0: contiguous
 
   MatView<V> down_of(Index e) const noexcept {
@@ -134,7 +134,9 @@ class SharedUpBank {
   Scratch take_scratch(Arena& arena, Index y_rows, Index slots, bool backward) const;
   template <class V, class Arena>
   Params<V> take_params(Arena& arena) const;
-  void check_weights(const Weights& weights) const;
+  template <class V>
+  void check_params(const Params<V>& params, bool optional) const;
+  void check_tape(const Tape& tape, Index slots) const;
 
   Config config_;
   std::vector<Index> rank_begin_;  // [experts + 1], multiples of the rank
@@ -178,16 +180,30 @@ std::size_t SharedUpBank<T>::prepared_bytes() const noexcept {
 }
 
 template <class T>
-void SharedUpBank<T>::check_weights(const Weights& weights) const {
-  require_shape("SharedUpBank up", weights.up, config_.out, config_.rank);
-  require(weights.in == config_.in && static_cast<Index>(weights.down.size()) == experts(),
+template <class V>
+void SharedUpBank<T>::check_params(const Params<V>& params, bool optional) const {
+  if (!optional || params.up.data != nullptr) {
+    require_shape("SharedUpBank up", params.up, config_.out, config_.rank);
+  }
+  if (optional && params.down.empty()) return;
+  require(params.in == config_.in && static_cast<Index>(params.down.size()) == experts(),
           Errc::shape_mismatch, "SharedUpBank down: expected ", experts(), " experts of width ",
-          config_.in, ", got ", weights.down.size(), " of width ", weights.in);
+          config_.in, ", got ", params.down.size(), " of width ", params.in);
+  for (Index e = 0; e < experts(); ++e) {
+    require_shape("SharedUpBank down", params.down_of(e), config_.rank, config_.in);
+  }
+}
+
+template <class T>
+void SharedUpBank<T>::check_tape(const Tape& tape, Index slots) const {
+  require(tape.hidden.rows >= slots && tape.hidden.cols == config_.rank, Errc::out_of_memory,
+          "SharedUpBank: the tape holds ", tape.hidden.rows, " slots of rank ", tape.hidden.cols,
+          ", expected ", slots, " of rank ", config_.rank);
 }
 
 template <class T>
 auto SharedUpBank<T>::prepare(const Weights& weights, Workspace& memory) const -> Prepared {
-  check_weights(weights);
+  check_params(weights, false);
   Prepared prepared;
   prepared.down = memory.take<Panels<T>>(experts());
   T* const down = memory.take<T>(rank_begin_.back() * config_.in).data();
@@ -238,9 +254,7 @@ void SharedUpBank<T>::forward(const Prepared& prepared, const BankInput<T>& inpu
                               const Context& context) const {
   require_bank_call<T>(input, routing, y, experts(), config_.in, config_.out);
   if (routing.slots() == 0) return;
-  require(tape == nullptr || tape->hidden.rows >= routing.slots(), Errc::out_of_memory,
-          "SharedUpBank: the tape holds ", tape == nullptr ? 0 : tape->hidden.rows, " slots, got ",
-          routing.slots());
+  if (tape != nullptr) check_tape(*tape, routing.slots());
   Workspace::Frame frame(context.scratch);
   const Scratch scratch = take_scratch(context.scratch, y.rows, routing.slots(), false);
   const MatView<T> hidden = tape != nullptr ? tape->hidden : scratch.hidden;
@@ -260,9 +274,11 @@ void SharedUpBank<T>::backward(const Weights& weights, const Tape& saved, const 
                                const Routing<T>& routing, MatView<const T> dy, std::span<T> dgate,
                                const BankInputGradient<T>& d_input, const Params<T>& grad,
                                const Context& context) const {
-  check_weights(weights);
+  check_params(weights, false);
+  check_params(grad, true);
   require_bank_call<T>(input, routing, dy, dgate, d_input, experts(), config_.in, config_.out);
   if (routing.slots() == 0) return;
+  check_tape(saved, routing.slots());
   Workspace::Frame frame(context.scratch);
   const Scratch scratch = take_scratch(context.scratch, dy.rows, routing.slots(), true);
   const SlotLists& lists = routing.lists;
@@ -274,7 +290,8 @@ void SharedUpBank<T>::backward(const Weights& weights, const Tape& saved, const 
   for (Index e = 0; e < experts(); ++e) scratch.weights[e] = weights.down_of(e);
 
   gated::multiply<T>(rows(gated::Slots::all), dy, weights.up, false, scratch.v, context);
-  gated::gate_gradient<T>(lists, scale, saved.hidden, scratch.v, input.y_rows, dgate, context);
+  gated::gate_gradient<T>(lists, scale, rank_begin_, saved.hidden, scratch.v, input.y_rows, {}, dy,
+                          input.y_rows, dgate, context);
   if (grad.up.data != nullptr) {
     gated::mix<T>(routing.token_begin, routing.expert, routing.gate, scale, saved.hidden,
                   scratch.mixed, input.y_rows, context);

@@ -78,6 +78,15 @@ void bias_gradient(const SlotLists& lists, std::span<const T> gate, std::span<co
                    MatView<const T> dy, RowsBy y_rows, std::span<const MatView<T>> dbias,
                    const Context& context) noexcept;
 
+/// dgate[s] += scale (by_slot[s] · by_row[row(s)] + β · dy[row(s)]) for all slots, probes included:
+/// one chain over the ranks of the expert, then the outputs. bias: [experts] of [1, out], or empty.
+template <class T>
+void gate_gradient(const SlotLists& lists, std::span<const T> scale,
+                   std::span<const Index> rank_begin, MatView<const T> by_slot,
+                   MatView<const T> by_row, RowsBy rows, std::span<const MatView<const T>> bias,
+                   MatView<const T> dy, RowsBy y_rows, std::span<T> dgate,
+                   const Context& context) noexcept;
+
 /// Σ_i a_i b_i: one chain from 0.
 template <class T>
 T dot(std::span<const T> a, std::span<const T> b) noexcept;

@@ -45,6 +45,18 @@ void outer(RowList<const T> a, RowList<const T> b, Index depth, MatView<T> c, Is
   chain_product(p, isa);
 }
 
+/// body(q [slots of the tile, 1], tile) for tiles of a range, q = gate * scale.
+template <class T, class Body>
+void for_each_gate_tile(const SlotLists& lists, SlotRange range, std::span<const T> gate, T scale,
+                        Body&& body) {
+  T q[kSlotTile];
+  for (Index begin = range.begin; begin < range.end; begin += kSlotTile) {
+    const SlotRange tile{begin, std::min(begin + kSlotTile, range.end)};
+    for (Index i = 0; i < tile.size(); ++i) q[i] = gate[lists.slot_of[begin + i]] * scale;
+    body(MatView<const T>(q, tile.size(), 1), tile);
+  }
+}
+
 template <class T>
 void down(const SlotLists& lists, Slots which, std::span<const Panels<T>> down, MatView<const T> x,
           RowsBy x_rows, MatView<T> hidden, const Context& context) noexcept {
@@ -87,11 +99,10 @@ void up(const SlotLists& lists, std::span<const T> gate, std::span<const T> scal
       product(RowList<const T>(pick(scaled, lists.slot_of, range)), range.size(), b, 0, count,
               columns, false, context.isa);
       if (bias.empty()) continue;
-      for (Index i = 0; i < range.size(); ++i) {
-        const T q = gate[lists.slot_of[range.begin + i]] * scale[e];
-        T* to = columns.row(i);
-        for (Index n = 0; n < count; ++n) to[n] = std::fma(q, bias(e, first + n), to[n]);
-      }
+      for_each_gate_tile(lists, range, gate, scale[e], [&](MatView<const T> q, SlotRange tile) {
+        product<T>(q, tile.size(), bias.row_block(e, 1), first, count,
+                   pick(y, lists.rows(y_rows), tile), false, context.isa);
+      });
     }
   };
   const Index slots = static_cast<Index>(lists.slot_of.size());
@@ -149,16 +160,41 @@ void down_transposed(const SlotLists& lists, MatView<const T> dscaled,
   for_each_block(dx.cols, kPanel, slots * dscaled.cols, context, block);
 }
 
+/// Columns too few to fill a tile.
+inline constexpr Index kNarrow = 16;
+
+/// The same for c of at most kColumnBlock rows and kNarrow columns, with the rows side by side in a
+/// tile: the transpose of c is summed in a buffer.
+template <class T>
+void narrow_outer(RowList<const T> a, RowList<const T> b, Index depth, MatView<T> c,
+                  Isa isa) noexcept {
+  T buffer[kNarrow * kColumnBlock];
+  const MatView<T> sum(buffer, c.cols, c.rows);
+  for (Index n = 0; n < c.rows; ++n) {
+    for (Index r = 0; r < c.cols; ++r) sum(r, n) = c(n, r);
+  }
+  outer<T>(b, a, depth, sum, isa);
+  for (Index n = 0; n < c.rows; ++n) {
+    for (Index r = 0; r < c.cols; ++r) c(n, r) = sum(r, n);
+  }
+}
+
 template <class T>
 void up_gradient(const SlotLists& lists, MatView<const T> dy, RowsBy y_rows,
                  MatView<const T> scaled, std::span<const MatView<T>> dup,
                  const Context& context) noexcept {
+  constexpr Index kWorthABuffer = 16;  // slots
   const auto block = [&](Index e, Index first, Index count) {
     const SlotRange range = slots_of(lists, e, Slots::active);
-    const MatView<const T> columns = dy.col_block(first, count);
-    const MatView<const T> h = scaled.col_block(0, dup[e].cols);
-    outer<T>(pick(columns, lists.rows(y_rows), range), pick(h, lists.slot_of, range), range.size(),
-             dup[e].row_block(first, count), context.isa);
+    if (range.size() == 0) return;
+    const RowList<const T> a = pick(dy.col_block(first, count), lists.rows(y_rows), range);
+    const RowList<const T> b = pick(scaled, lists.slot_of, range);
+    const MatView<T> c = dup[e].row_block(first, count);
+    if (c.cols <= kNarrow && range.size() >= kWorthABuffer) {
+      narrow_outer<T>(a, b, range.size(), c, context.isa);
+    } else {
+      outer<T>(a, b, range.size(), c, context.isa);
+    }
   };
   const Index work = static_cast<Index>(lists.slot_of.size()) * scaled.cols / lists.experts();
   for_each_expert_block(lists.experts(), dy.cols, kColumnBlock, work, context, block);
@@ -170,6 +206,7 @@ void down_gradient(const SlotLists& lists, MatView<const T> dscaled, MatView<con
                    const Context& context) noexcept {
   const auto block = [&](Index e, Index first, Index count) {
     const SlotRange range = slots_of(lists, e, Slots::active);
+    if (range.size() == 0) return;
     const MatView<const T> columns = x.col_block(first, count);
     outer<T>(pick(dscaled, lists.slot_of, range), pick(columns, lists.rows(x_rows), range),
              range.size(), ddown[e].col_block(first, count), context.isa);
@@ -184,16 +221,41 @@ void bias_gradient(const SlotLists& lists, std::span<const T> gate, std::span<co
                    const Context& context) noexcept {
   const auto block = [&](Index e, Index first, Index count) {
     const SlotRange range = slots_of(lists, e, Slots::active);
-    for (Index i = range.begin; i < range.end; ++i) {
-      const T q = gate[lists.slot_of[i]] * scale[e];
-      const Index row = lists.rows(y_rows)[i];
-      for (Index n = first; n < first + count; ++n) {
-        dbias[e](0, n) = std::fma(q, dy(row, n), dbias[e](0, n));
-      }
-    }
+    const MatView<const T> columns = dy.col_block(first, count);
+    for_each_gate_tile(lists, range, gate, scale[e], [&](MatView<const T> q, SlotRange tile) {
+      outer<T>(q, pick(columns, lists.rows(y_rows), tile), tile.size(),
+               dbias[e].col_block(first, count), context.isa);
+    });
   };
   const Index work = static_cast<Index>(lists.slot_of.size()) / lists.experts();
   for_each_expert_block(lists.experts(), dy.cols, kColumnBlock, work, context, block);
+}
+
+template <class T>
+void gate_gradient(const SlotLists& lists, std::span<const T> scale,
+                   std::span<const Index> rank_begin, MatView<const T> by_slot,
+                   MatView<const T> by_row, RowsBy rows, std::span<const MatView<const T>> bias,
+                   MatView<const T> dy, RowsBy y_rows, std::span<T> dgate,
+                   const Context& context) noexcept {
+  const auto body = [&](Index e, SlotRange range) {
+    const auto rank = static_cast<std::size_t>(rank_begin[e + 1] - rank_begin[e]);
+    T sum[kSlotTile];
+    for (Index i = 0; i < range.size(); ++i) {
+      const Index row = lists.rows(rows)[range.begin + i];
+      const Index s = lists.slot_of[range.begin + i];
+      sum[i] = dot<T>(by_slot.row(s).first(rank), by_row.row(row).first(rank));
+    }
+    if (!bias.empty()) {
+      product<T>(pick(dy, lists.rows(y_rows), range), range.size(), {bias[e].data, dy.cols, 1}, 0,
+                 1, MatView<T>(sum, range.size(), 1), false, context.isa);
+    }
+    for (Index i = 0; i < range.size(); ++i) {
+      T& gradient = dgate[lists.slot_of[range.begin + i]];
+      gradient = std::fma(scale[e], sum[i], gradient);
+    }
+  };
+  const Index work = by_slot.cols + (bias.empty() ? 0 : dy.cols);
+  for_each_slot_tile(lists, Slots::all, work, context, body);
 }
 
 }  // namespace mole::inline MOLE_ABI::gated

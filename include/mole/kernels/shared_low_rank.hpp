@@ -51,12 +51,6 @@ template <class T>
 void outer(Rows rows, MatView<const T> a, MatView<const T> b, MatView<T> dweight,
            const Context& context) noexcept;
 
-/// dgate[s] += scale[expert] (by_slot[s] · by_row[row(s)]) for all slots, probes included.
-template <class T>
-void gate_gradient(const SlotLists& lists, std::span<const T> scale, MatView<const T> by_slot,
-                   MatView<const T> by_row, RowsBy rows, std::span<T> dgate,
-                   const Context& context) noexcept;
-
 }  // namespace mole::inline MOLE_ABI::gated
 
 #ifdef MOLE_HEADER_ONLY

@@ -25,19 +25,46 @@ Rows used_rows(std::span<const std::int32_t> token_begin, std::span<const T> gat
   return memory.first(count);
 }
 
+/// to [1, rank] = Σ q_s from[s] over the active slots in [begin, end).
+template <class T>
+void mix_slots(Index begin, Index end, std::span<const std::int32_t> expert,
+               std::span<const T> gate, std::span<const T> scale, MatView<const T> from,
+               MatView<T> to, Isa isa) noexcept {
+  T q[kSlotTile];
+  std::int32_t slot[kSlotTile];
+  ChainProduct<T> p;
+  p.rows = 1;
+  p.cols = to.cols;
+  p.a = MatView<const T>(q, kSlotTile, 1);
+  p.b = {from, slot};
+  p.c = to;
+  p.a_by_depth = true;
+  p.from_zero = true;
+  for (Index s = begin; s < end; ++s) {
+    if (gate[s] != T(0)) {
+      q[p.depth] = gate[s] * scale[expert[s]];
+      slot[p.depth++] = static_cast<std::int32_t>(s);
+    }
+    if (p.depth < kSlotTile) continue;
+    chain_product(p, isa);
+    p.depth = 0;
+    p.from_zero = false;
+  }
+  if (p.depth > 0 || p.from_zero) chain_product(p, isa);
+}
+
 template <class T>
 void mix(std::span<const std::int32_t> token_begin, std::span<const std::int32_t> expert,
          std::span<const T> gate, std::span<const T> scale, MatView<const T> from, MatView<T> to,
          RowsBy to_rows, const Context& context) noexcept {
   const auto tile = [&](Index first, Index count) {
     for (Index t = first; t < first + count; ++t) {
-      if (to_rows == RowsBy::token) std::ranges::fill(to.row(t), T(0));
-      for (Index s = token_begin[t]; s < token_begin[t + 1]; ++s) {
-        if (gate[s] == T(0)) continue;
-        const T q = gate[s] * scale[expert[s]];
-        const std::span<T> sum = to.row(to_rows == RowsBy::token ? t : s);
-        if (to_rows == RowsBy::slot) std::ranges::fill(sum, T(0));
-        for (Index r = 0; r < from.cols; ++r) sum[r] = std::fma(q, from(s, r), sum[r]);
+      for (Index s = token_begin[t]; to_rows == RowsBy::slot && s < token_begin[t + 1]; ++s) {
+        mix_slots(s, s + 1, expert, gate, scale, from, to.row_block(s, 1), context.isa);
+      }
+      if (to_rows == RowsBy::token) {
+        mix_slots(token_begin[t], token_begin[t + 1], expert, gate, scale, from, to.row_block(t, 1),
+                  context.isa);
       }
     }
   };
@@ -114,20 +141,6 @@ void outer(Rows rows, MatView<const T> a, MatView<const T> b, MatView<T> dweight
   const Index work = static_cast<Index>(rows.size()) * std::min(kPanel, dweight.rows) *
                      std::min(kColumnBlock, dweight.cols);
   parallel_for(context, row_blocks * col_blocks, grain_for(work), run);
-}
-
-template <class T>
-void gate_gradient(const SlotLists& lists, std::span<const T> scale, MatView<const T> by_slot,
-                   MatView<const T> by_row, RowsBy rows, std::span<T> dgate,
-                   const Context& context) noexcept {
-  const auto body = [&](Index e, SlotRange range) {
-    for (Index i = range.begin; i < range.end; ++i) {
-      const Index s = lists.slot_of[i];
-      const T sum = dot<T>(by_slot.row(s), by_row.row(lists.rows(rows)[i]));
-      dgate[s] = std::fma(scale[e], sum, dgate[s]);
-    }
-  };
-  for_each_slot_tile(lists, Slots::all, by_slot.cols, context, body);
 }
 
 }  // namespace mole::inline MOLE_ABI::gated

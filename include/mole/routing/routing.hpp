@@ -64,7 +64,8 @@ class RoutingTable {
   void begin(Index tokens);
 
   /// Slots of one token, experts distinct and in range, in any order. A token not selected has
-  /// none. Throws limit_exceeded above max_per_token, invalid_argument on a bad or repeated expert.
+  /// none. Throws limit_exceeded above max_per_token, invalid_argument on a bad token and a bad or
+  /// repeated expert.
   void select(Index token, std::span<const std::int32_t> experts, std::span<const T> gates);
 
   /// Every expert for one token, with its gates [experts]; zeros become probes.
@@ -79,6 +80,10 @@ class RoutingTable {
  private:
   template <class Arena>
   void layout(Arena& arena);
+  void check_token(Index token) const {
+    require(token >= 0 && token < tokens_, Errc::invalid_argument, "token ", token,
+            " is not in 0 ... ", tokens_ - 1);
+  }
 
   Index max_tokens_ = 0, experts_ = 0, max_per_token_ = 0, tokens_ = 0;
   std::span<std::int32_t> count_;         // [max_tokens], slots of each token while building
@@ -130,7 +135,7 @@ std::size_t RoutingTable<T>::bytes(Index max_tokens, Index experts, Index max_pe
 
 template <class T>
 void RoutingTable<T>::begin(Index tokens) {
-  require(tokens <= max_tokens_, Errc::limit_exceeded, "routing table: ", tokens,
+  require(tokens >= 0 && tokens <= max_tokens_, Errc::limit_exceeded, "routing table: ", tokens,
           " tokens, it was made for at most ", max_tokens_);
   tokens_ = tokens;
   std::fill_n(count_.begin(), tokens, 0);
@@ -140,6 +145,7 @@ template <class T>
 void RoutingTable<T>::select(Index token, std::span<const std::int32_t> experts,
                              std::span<const T> gates) {
   const auto slots = static_cast<Index>(experts.size());
+  check_token(token);
   count_[token] = 0;
   require(slots == static_cast<Index>(gates.size()), Errc::shape_mismatch, "token ", token, ": ",
           slots, " experts but ", gates.size(), " gates");
@@ -166,6 +172,7 @@ void RoutingTable<T>::select(Index token, std::span<const std::int32_t> experts,
 
 template <class T>
 void RoutingTable<T>::select_all(Index token, std::span<const T> gates) {
+  check_token(token);
   require(static_cast<Index>(gates.size()) == experts_ && experts_ == max_per_token_,
           Errc::shape_mismatch, "token ", token, ": ", gates.size(), " gates for ", experts_,
           " experts, ", max_per_token_, " allowed");
