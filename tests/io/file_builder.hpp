@@ -10,6 +10,7 @@
 #include <iterator>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace mole::test {
@@ -27,6 +28,10 @@ inline std::string container(const std::string& header, const std::string& data)
 
 inline std::span<const std::byte> as_bytes(const std::string& text) {
   return std::as_bytes(std::span<const char>(text));
+}
+
+inline std::string enclosed(const char* before, std::string_view text, const char* after) {
+  return std::string(before).append(text).append(after);
 }
 
 template <class T>

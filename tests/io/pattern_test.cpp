@@ -5,6 +5,7 @@
 #include <random>
 #include <set>
 
+#include "io/file_builder.hpp"
 #include "mole/core/error.hpp"
 #include "support/catch.hpp"
 
@@ -98,7 +99,7 @@ TEST_CASE("pattern: each piece of syntax means what Python's re says", "[io]") {
 TEST_CASE("pattern: group 1 is the one that a backtracking search would find", "[io]") {
   const auto group = [](const std::string& pattern, const std::string& text) {
     const auto found = Pattern(pattern, "p").group_at_start(text);
-    return found.has_value() ? "<" + std::string(*found) + ">" : "none";
+    return found.has_value() ? mole::test::enclosed("<", *found, ">") : "none";
   };
   CHECK(group("(a*)", "aab") == "<aa>");
   CHECK(group("(a*?)b", "aab") == "<aa>");

@@ -316,9 +316,9 @@ TEST_CASE("peft: settings that are not followed are refused by name", "[io]") {
     setting(field, value, Errc::unsupported, {"adapter_config.json", "\"" + field + "\""});
   }
   for (const char* method : {"pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "x"}) {
-    setting(
-        "init_lora_weights", method, Errc::unsupported,
-        {"\"init_lora_weights\"", "\"" + std::string(method) + "\"", "changes the base weights"});
+    setting("init_lora_weights", method, Errc::unsupported,
+            {"\"init_lora_weights\"", mole::test::enclosed("\"", method, "\""),
+             "changes the base weights"});
   }
   setting("peft_type", "LOHA", Errc::unsupported, {"peft_type \"LOHA\""});
   setting("peft_type", nullptr, Errc::config_error, {"\"peft_type\" is missing"});

@@ -19,6 +19,7 @@ using mole::MatView;
 using mole::SafeTensors;
 using mole::test::as_bytes;
 using mole::test::container;
+using mole::test::enclosed;
 using mole::test::raw;
 
 struct Refusal {
@@ -302,7 +303,7 @@ TEST_CASE("safetensors: legal oddities are read", "[io]") {
     INFO(known.name);
     CHECK(name(known.dtype) == known.name);
     const std::string bytes = std::to_string(known.bits);
-    const std::string dtype = "\"" + std::string(known.name) + "\"";
+    const std::string dtype = enclosed("\"", known.name, "\"");
     CHECK(tensors(one(dtype, "[2,4]", "[0," + bytes + "]", static_cast<std::size_t>(known.bits))) ==
           1);
   }
@@ -466,7 +467,7 @@ std::string all_halves(const std::string& dtype) {
 
 template <class T>
 std::vector<T> read_doubles(const std::vector<double>& values) {
-  const std::string shape = "[" + std::to_string(values.size()) + "]";
+  const std::string shape = enclosed("[", std::to_string(values.size()), "]");
   const std::string file = container({{"d", "F64", shape, raw(values)}});
   return SafeTensors::parse(as_bytes(file), "d").read<T>("d");
 }
