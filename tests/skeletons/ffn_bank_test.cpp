@@ -6,6 +6,7 @@
 
 #include "mole/layers/mixture.hpp"
 #include "mole/losses/balance.hpp"
+#include "mole/routers/given.hpp"
 #include "mole/routers/top_k.hpp"
 #include "skeletons/golden_case.hpp"
 #include "skeletons/support.hpp"
@@ -139,6 +140,39 @@ TEST_CASE("every gradient of feed-forward experts agrees with differences", "[sk
   layer.backward(weights, tape, x, dy, d_tape, {.x = dx}, grad, memory.context());
   CHECK(params_gradient_error(params, grad, loss) == "");
   CHECK(gradient_error("x", x, dx, loss) == "");
+}
+
+TEST_CASE("the gate of a feed-forward expert has a gradient where it is 0", "[skeletons]") {
+  constexpr Index kTokens = 3, kWidth = 5, kInner = 4;
+  const Bank bank({.width = kWidth,
+                   .inner = kInner,
+                   .gate_rank = {2, 1},
+                   .up_rank = {1, 2},
+                   .down_rank = {2, 1}});
+  const mole::Mixture<mole::GivenRouter<double>, Bank> layer(
+      mole::GivenRouter<double>({.width = kWidth, .experts = 2}), bank);
+  Memory memory(29);
+  const auto params = bank.make_params<double>(memory.workspace());
+  const auto grad = bank.make_params<double>(memory.workspace());
+  memory.fill_params(params);
+  mole::params::zero(grad);
+  const MatView<double> gates = memory.random(kTokens, 2), dy = memory.random(kTokens, kWidth);
+  gates(0, 0) = gates(2, 0) = gates(2, 1) = 0;
+  mole::LayerInput<double> input = memory.random(kTokens, kWidth);
+  input.overrides.gates = gates;
+  auto tape = layer.make_tape(memory.workspace(), kTokens);
+  const auto loss = [&] {
+    const mole::Workspace::Frame frame(memory.workspace());
+    const MatView<double> y = memory.zeros(kTokens, kWidth);
+    layer.forward(layer.prepare({{}, params}, memory.workspace()), input, y, &tape,
+                  memory.context());
+    return weighted_sum(y, dy);
+  };
+  loss();
+  const auto d_tape = layer.router().make_tape(memory.workspace(), kTokens);
+  mole::params::zero(d_tape);
+  layer.backward({{}, params}, tape, input, dy, d_tape, {}, {{}, grad}, memory.context());
+  CHECK(gradient_error("gates", gates, d_tape.prob, loss) == "");
 }
 
 }  // namespace skeleton
