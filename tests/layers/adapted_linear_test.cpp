@@ -324,3 +324,57 @@ TEST_CASE("an adapted linear map refuses weights and inputs of other shapes", "[
   CHECK(forward(x, low) == Errc::shape_mismatch);
   CHECK(test::bit_difference(y, before) == "");
 }
+
+TEST_CASE("an adapted linear map that refuses a call has not begun to write", "[layers]") {
+  const mole::TopKRouter<double>::Config router{.width = kIn, .experts = kExperts};
+  LayerCase c(make_layer<double>(router, kIn, kOut, false, false), kTokens);
+  const auto x = test::normal_matrix<double>(kTokens, kIn, 1);
+  const auto narrow = test::normal_matrix<double>(kTokens, kIn - 1, 1);
+  Matrix<double> y = test::normal_matrix<double>(kTokens, kOut, 2);
+  const Matrix<double> before = y;
+  mole::LayerInput<double> input(x);
+  input.dropout = narrow;
+  CHECK(code_of([&] { c.layer.forward(c.prepared, input, y, nullptr, c.context); }) ==
+        Errc::shape_mismatch);
+  CHECK(test::bit_difference(y, before) == "");
+
+  input.dropout = x;
+  const std::size_t enough = c.layer.scratch_bytes(kTokens, 1);
+  mole::Buffer block(enough);
+  int refused = 0;
+  for (std::size_t bytes = 0; bytes <= enough; bytes += 64) {
+    mole::Workspace scratch(block.span().first(bytes));
+    const mole::Context context{.scratch = scratch};
+    const Errc code = code_of([&] { c.layer.forward(c.prepared, input, y, nullptr, context); });
+    if (code == Errc{}) break;
+    CHECK(code == Errc::out_of_memory);
+    REQUIRE(test::bit_difference(y, before) == "");
+    ++refused;
+  }
+  CHECK(refused > 10);
+  CHECK(test::bit_difference(y, before) != "");
+}
+
+TEST_CASE("backward refuses weights and gradients of other shapes", "[layers]") {
+  const mole::TopKRouter<double>::Config router{.width = kIn, .experts = kExperts};
+  LayerCase c(make_layer<double>(router, kIn, kOut, false, false), kTokens);
+  const auto x = test::normal_matrix<double>(kTokens, kIn, 1);
+  const auto dy = test::normal_matrix<double>(kTokens, kOut, 2);
+  c.record(x, Matrix<double>(kTokens, kOut));
+  const auto backward = [&](const auto& weights, const auto& grad, MatView<const double> from) {
+    return code_of(
+        [&] { c.layer.backward(weights, c.tape, x, from, c.d_tape, {}, grad, c.context); });
+  };
+  auto weights = c.weights();
+  weights.weight.rows -= 1;
+  CHECK(backward(weights, c.grad, dy) == Errc::shape_mismatch);
+  auto grad = c.grad;
+  grad.weight.cols -= 1;
+  CHECK(backward(c.weights(), grad, dy) == Errc::shape_mismatch);
+  grad = c.grad;
+  grad.bias.cols -= 1;
+  CHECK(backward(c.weights(), grad, dy) == Errc::shape_mismatch);
+  CHECK(backward(c.weights(), c.grad, dy.view().col_block(0, kOut - 1)) == Errc::shape_mismatch);
+  CHECK(mole::params::norm(c.grad) == 0);
+  CHECK(backward(c.weights(), c.grad, dy) == Errc{});
+}

@@ -4,7 +4,7 @@
 #include <optional>
 #include <string>
 #include <type_traits>
-#include <utility>
+#include <vector>
 
 #include "layers/layer_case.hpp"
 #include "support/catch.hpp"
@@ -83,6 +83,17 @@ TEST_CASE("an AnyLayer keeps its own packed weights, and copies share them", "[l
   CHECK(test::bit_difference(run<float>(*first, x, y0), expected) == "");
   first.reset();
   CHECK(test::bit_difference(run<float>(copy, x, y0), expected) == "");
+}
+
+TEST_CASE("an AnyLayer keeps the buffers of its router", "[layers]") {
+  LayerCase c(mixture<double>(), kTokens);
+  const double selection_bias[kExperts] = {0, 0, 0, 9, 9};
+  const auto x = test::normal_matrix<double>(kTokens, kIn, 1);
+  const Matrix<double> y0(kTokens, kOut);
+  const AnyLayer<double> any(c.layer, c.weights(), {.selection_bias = selection_bias});
+  const Matrix<double> expected = c.infer(x, y0, {.selection_bias = selection_bias});
+  CHECK(test::bit_difference(run<double>(any, x, y0), expected) == "");
+  CHECK(test::bit_difference(c.infer(x, y0), expected) != "");
 }
 
 TEST_CASE("layers of one scalar can be held side by side", "[layers]") {

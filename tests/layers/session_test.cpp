@@ -102,10 +102,12 @@ TEST_CASE("a session computes with the weights it packed last", "[layers]") {
   const Matrix<double> y0(kTokens, kOut);
   const Matrix<double> before = c.infer(x, y0);
   mole::params::zip([](double& value) { value *= 1.5; }, c.params);
+  Matrix<double> y(kTokens, kOut);
+  session.forward(x, y);
+  CHECK(test::bit_difference(y, before) == "");
   c.prepare();
   const Matrix<double> after = c.infer(x, y0);
   CHECK(test::bit_difference(after, before) != "");
-  Matrix<double> y(kTokens, kOut);
   session.update(c.weights());
   session.forward(x, y);
   CHECK(test::bit_difference(y, after) == "");
@@ -139,7 +141,28 @@ TEST_CASE("a session refuses what it was not made for, and y stays", "[layers]")
   CHECK(test::bit_difference(y, before) == "");
   CHECK(mole::params::norm(c.grad) == 0);
 
-  Session<Layer<double>> training(c.layer, c.weights(), {.max_tokens = kTokens, .training = true});
-  CHECK(code_of([&] { training.backward(c.weights(), x, y, {}, c.grad); }) == Errc::shape_mismatch);
+  CHECK(code_of([&] { Session<Layer<double>>(c.layer, c.weights(), {.workers = 0}); }) ==
+        Errc::invalid_argument);
+  CHECK(code_of([&] { Session<Layer<double>>(c.layer, c.weights(), {.max_tokens = -1}); }) ==
+        Errc::invalid_argument);
+}
+
+TEST_CASE("a session goes back once for every time it went forward", "[layers]") {
+  LayerCase c(make_layer<double>(), kTokens);
+  Session<Layer<double>> session(c.layer, c.weights(), {.max_tokens = kTokens, .training = true});
+  const auto x = test::normal_matrix<double>(kTokens, kIn, 1);
+  Matrix<double> y(kTokens, kOut);
+  const auto backward = [&] {
+    return code_of([&] { session.backward(c.weights(), x, y, {}, c.grad); });
+  };
+  CHECK(backward() == Errc::state_error);
   CHECK(mole::params::norm(c.grad) == 0);
+  session.forward(x, y);
+  CHECK(backward() == Errc{});
+  const double once = mole::params::norm(c.grad);
+  CHECK(backward() == Errc::state_error);
+  CHECK(mole::params::norm(c.grad) == once);
+  session.forward(x, y);
+  CHECK(backward() == Errc{});
+  CHECK(mole::params::norm(c.grad) == Catch::Approx(2 * once));
 }
