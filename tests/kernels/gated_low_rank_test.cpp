@@ -54,7 +54,7 @@ struct Setup {
   mole::Workspace none;
   mole::Context context{none, 1, single_steps_reversed};
 
-  explicit Setup(Index tokens = 61)
+  explicit Setup(Index tokens = 101)
       : tokens(tokens),
         routing(test::random_slots(tokens, 5, 0.7, 2), 5),
         x(rough<T>(slots(), kIn, 4)),
@@ -223,7 +223,7 @@ TEMPLATE_TEST_CASE("the transposed loops of backward", "[kernels]", float, doubl
 TEMPLATE_TEST_CASE("parameter gradients are one chain over the tokens", "[kernels]", float,
                    double) {
   using T = TestType;
-  const Index tokens = GENERATE(7, 61);  // few and many slots per expert
+  const Index tokens = GENERATE(7, 101);  // few and many slots per expert
   Setup<T> s(tokens);
   s.fill();
   const Matrix<T> dscaled = rough<T>(s.slots(), 17, 8);
@@ -276,6 +276,25 @@ TEMPLATE_TEST_CASE("mix is one chain from 0 over the experts of a row", "[kernel
     });
     CHECK(bit_difference(got, want) == "");
   }
+}
+
+TEMPLATE_TEST_CASE("mix takes any number of experts", "[kernels]", float, double) {
+  using T = TestType;
+  const Index experts = 2 * gated::kSlotTile + 5;
+  const test::OwnedRouting<T> routing(test::dense_slots(2, experts), experts);
+  const std::vector<T> scale(static_cast<std::size_t>(experts), T(0.7));
+  const Matrix<T> from = rough<T>(2 * experts, 7, 8);
+  Matrix<T> got(2, 7), want(2, 7);
+  mole::Workspace none;
+  gated::mix<T>(routing->token_begin, routing->expert, routing->gate, scale, from.view(),
+                got.view(), RowsBy::token, {none});
+  for (Index s = 0; s < 2 * experts; ++s) {
+    const T q = routing->gate[s] * scale[0];
+    for (Index r = 0; r < 7; ++r) {
+      want(s / experts, r) = std::fma(q, from(s, r), want(s / experts, r));
+    }
+  }
+  CHECK(bit_difference(got, want) == "");
 }
 
 TEMPLATE_TEST_CASE("products over a list of rows", "[kernels]", float, double) {
