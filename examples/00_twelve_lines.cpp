@@ -3,6 +3,7 @@
 #include <fmt/core.h>
 
 #include "mole/io/peft_bank.hpp"
+#include "mole/layers/mixture.hpp"
 #include "mole/layers/session.hpp"
 #include "mole/routers/top_k.hpp"
 #include "support/recording.hpp"

@@ -47,7 +47,7 @@ int main() {
     session.forward(input, y.view());
     const double error = recorded.worst_error(output, y);
     fmt::print("  {:<10} {:.1e}\n", output, error);
-    worst = std::max(worst, error);
+    if (!(error <= worst)) worst = error;
   };
   fmt::print("Largest error against PEFT in double, relative to the largest value of the row\n");
   for (std::size_t e = 0; e < names.size(); ++e) {

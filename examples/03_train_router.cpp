@@ -65,13 +65,7 @@ int main() {
     session.backward(weights, x.view(), dy.view(), {}, {{}, {}, {grad, {}}});
     adamw_step(router, grad, moment1, moment2, {.learning_rate = 2e-3}, step);
 
-    const auto routing = session.routing();
-    right = 0;
-    for (Index t = 0; t < 64; ++t) {
-      const auto best = std::max_element(routing.gate.begin() + routing.token_begin[t],
-                                         routing.gate.begin() + routing.token_begin[t + 1]);
-      right += routing.expert[best - routing.gate.begin()] == labels[t];
-    }
+    right = tokens_sent_right(session.routing(), labels);
     if (step % 10 == 0 || step == 1) {
       fmt::print("step {:3}  loss {:9.6f}  balance {:.4f}  tokens sent right {}/64\n", step, loss,
                  balance, right);

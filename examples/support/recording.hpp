@@ -53,10 +53,11 @@ class Recording {
       double difference = 0, scale = 0;
       for (mole::Index i = 0; i < y.view().cols; ++i) {
         const double e = expected.view()(t, i);
-        difference = std::max(difference, std::abs(y.view()(t, i) - e));
+        const double d = std::abs(y.view()(t, i) - e);
+        if (!(d <= difference)) difference = d;  // NaN too
         scale = std::max(scale, std::abs(e));
       }
-      worst = std::max(worst, difference / scale);
+      if (!(difference / scale <= worst)) worst = difference / scale;
     }
     return worst;
   }
@@ -69,7 +70,8 @@ class Recording {
       for (auto s = routing.token_begin[t]; s < routing.token_begin[t + 1]; ++s) {
         float& left = difference.view()(t, routing.expert[s]);
         if (left == 0) return INFINITY;
-        worst = std::max<double>(worst, std::abs(left - routing.gate[s]));
+        const double d = std::abs(left - routing.gate[s]);
+        if (!(d <= worst)) worst = d;
         left = 0;
       }
       for (const float left : difference.view().row(t)) {
@@ -82,6 +84,18 @@ class Recording {
  private:
   mole::SafeTensors file_;
 };
+
+/// Tokens whose largest gate is that of the expert of their own text.
+inline int tokens_sent_right(const mole::Routing<float>& routing,
+                             const std::vector<std::int64_t>& labels) {
+  int right = 0;
+  for (mole::Index t = 0; t < routing.tokens; ++t) {
+    const auto best = std::max_element(routing.gate.begin() + routing.token_begin[t],
+                                       routing.gate.begin() + routing.token_begin[t + 1]);
+    right += routing.expert[best - routing.gate.begin()] == labels[t];
+  }
+  return right;
+}
 
 /// A table text x expert of mean gates.
 inline void print_mean_gates(const mole::Routing<float>& routing,

@@ -26,6 +26,7 @@
 #include "mole/routing/linear.hpp"
 #include "mole/routing/router.hpp"
 #include "mole/routing/routing.hpp"
+#include "mole/routing/rule_router.hpp"
 #include "mole/routing/stages.hpp"
 #include "mole/routing/tokens.hpp"
 

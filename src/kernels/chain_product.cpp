@@ -21,11 +21,9 @@ Isa best_isa() noexcept {
 
 template <class T>
 void chain_product(const ChainProduct<T>& product, Isa isa) noexcept {
-  switch (isa) {
-    case Isa::avx512: return simd::chain_product_avx512(product);
-    case Isa::avx2: return simd::chain_product_avx2(product);
-    default: return portable::chain_product(product);
-  }
+  if (isa == Isa::avx512 && simd::has_avx512()) return simd::chain_product_avx512(product);
+  if (isa != Isa::portable && simd::has_avx2()) return simd::chain_product_avx2(product);
+  portable::chain_product(product);
 }
 
 template void chain_product(const ChainProduct<float>&, Isa) noexcept;

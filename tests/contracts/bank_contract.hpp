@@ -49,6 +49,21 @@ class BankContract {
     CHECK(difference(total, alone, rounding<T>()) == "");
   }
 
+  /// Asked to overwrite, it gives the bits of adding to zeros, whatever y held.
+  void overwrites_on_request() const {
+    Call c = trial_.call(slots());
+    for (const bool some : {true, false}) {
+      if (!some) c.slots.assign(c.slots.size(), {});
+      c.overwrite = false;
+      c.y = Matrix<T>(c.y.rows(), c.y.cols());
+      const Matrix<T> want = trial_.forward(c);
+      c.overwrite = true;
+      c.y = Matrix<T>(c.y.rows(), c.y.cols(),
+                      [](Index, Index) { return std::numeric_limits<T>::quiet_NaN(); });
+      CHECK(bit_difference(trial_.forward(c), want) == "");
+    }
+  }
+
   /// A row of y without an active slot keeps its bits. What is in its row of x, or in the weights
   /// of an expert that is nowhere active, reaches nothing but the gate gradients of that expert.
   void keeps_what_it_does_not_own() const {
@@ -431,6 +446,7 @@ template <mole::ExpertBank Bank>
 void bank_contract(const Bank& bank) {
   BankContract<Bank> contract(bank);
   contract.adds_gated_outputs();
+  contract.overwrites_on_request();
   contract.keeps_what_it_does_not_own();
   contract.ignores_probes();
   contract.does_not_see_the_batch();

@@ -43,6 +43,7 @@ template <class T>
 struct BankCall {
   Slots slots;
   RowsBy x_rows = RowsBy::token, y_rows = RowsBy::token;
+  bool overwrite = false;
   Matrix<T> x, base, y, dy;
 };
 
@@ -134,6 +135,7 @@ class BankTrial {
     if (Bank::needs_base) input.base = c.base;
     input.x_rows = c.x_rows;
     input.y_rows = c.y_rows;
+    input.overwrite = c.overwrite;
     return input;
   }
 

@@ -221,3 +221,22 @@ TEST_CASE("a mixture with too little scratch says so and leaves y alone", "[laye
   }
   CHECK(refused > 10);
 }
+
+TEST_CASE("backward with dropout refuses factors and gradients of another shape", "[layers]") {
+  LayerCase c(top_k_mixture<double>(kIn, false), kTokens);
+  const auto x = test::normal_matrix<double>(kTokens, kIn, 1);
+  const auto dy = test::normal_matrix<double>(kTokens, kOut, 2);
+  mole::LayerInput<double> input(x);
+  input.router_x = x;
+  input.dropout = x;
+  c.record(input, Matrix<double>(kTokens, kOut));
+  Matrix<double> small(2, 2), dx(kTokens, kIn);
+  const auto backward = [&](MatView<const double> factor, MatView<double> to) {
+    input.dropout = factor;
+    return code_of([&] { c.backward(input, dy, {.x = to}); });
+  };
+  CHECK(backward(x, small) == Errc::shape_mismatch);
+  CHECK(backward(small, dx) == Errc::shape_mismatch);
+  CHECK(mole::params::norm(c.grad) == 0);
+  CHECK(backward(x, dx) == Errc{});
+}

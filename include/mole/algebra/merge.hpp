@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "mole/core/config.hpp"
 #include "mole/core/half.hpp"
@@ -16,7 +17,7 @@ namespace mole::inline MOLE_ABI {
 
 /// W += scale · B A; every (B A) element is one chain over the ranks. Throws shape_mismatch.
 template <class T, class W>
-void merge_lora(MatView<W> down, MatView<W> up, T scale, MatView<T> weight,
+void merge_lora(MatView<W> down, MatView<W> up, std::type_identity_t<T> scale, MatView<T> weight,
                 bool fan_in_fan_out = false) {
   require_shape("up", up, up.rows, down.rows);
   require_shape("weight", weight, fan_in_fan_out ? down.cols : up.rows,
@@ -30,6 +31,15 @@ void merge_lora(MatView<W> down, MatView<W> up, T scale, MatView<T> weight,
       T& target = fan_in_fan_out ? weight(i, o) : weight(o, i);
       target = std::fma(scale, delta, target);
     }
+  }
+}
+
+/// b += scale · β, both [1, out]. Throws shape_mismatch.
+template <class T, class W>
+void merge_lora_bias(MatView<W> lora_bias, std::type_identity_t<T> scale, MatView<T> bias) {
+  require_shape("bias", bias, 1, lora_bias.cols);
+  for (Index n = 0; n < bias.cols; ++n) {
+    bias(0, n) = std::fma(scale, widen<T>(lora_bias(0, n)), bias(0, n));
   }
 }
 

@@ -11,7 +11,8 @@
 
 namespace mole::inline MOLE_ABI {
 
-/// Instruction-set levels of the kernels. All give the same bits; only the speed differs.
+/// Instruction-set levels of the kernels. All give the same bits; only the speed differs. A level
+/// that is not available counts as the next lower one.
 enum class Isa { portable, avx2, avx512 };
 
 /// The best level that this machine runs and this build contains.
@@ -23,7 +24,7 @@ bool isa_available(Isa isa) noexcept;
 /// One call at a time may use a Context: its scratch memory is shared by the workers of that call.
 struct Context {
   Workspace& scratch;
-  int workers = 1;
+  int workers = 1;             ///< worker numbers are below it, those of a hook too; below 1: 1
   ParallelFor hook = nullptr;  ///< null: the built-in loop
   void* pool = nullptr;        ///< passed to the hook
   Isa isa = best_isa();

@@ -17,7 +17,8 @@ using RangeBody = void (*)(void* closure, Index begin, Index end, int worker);
 using ParallelFor = void (*)(void* pool, Index count, Index grain, RangeBody body, void* closure);
 
 /// The built-in loop: OpenMP where the library was built with it and the caller is not itself
-/// inside a parallel region, serial otherwise. Never changes OpenMP's global settings.
+/// inside a parallel region, serial otherwise: in reverse without NDEBUG, so that code which relies
+/// on an order fails early. Never changes OpenMP's global settings.
 void built_in_loop(int workers, Index count, Index grain, RangeBody body, void* closure);
 
 /// True if `built_in_loop` can use more than one thread.

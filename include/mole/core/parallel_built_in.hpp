@@ -33,7 +33,11 @@ MOLE_INLINE void built_in_loop([[maybe_unused]] int workers, Index count, Index 
     return;
   }
 #endif
+#ifdef NDEBUG
   serial_loop(nullptr, count, grain, body, closure);
+#else
+  reversed_loop(nullptr, count, grain, body, closure);
+#endif
 }
 
 }  // namespace mole::inline MOLE_ABI

@@ -8,6 +8,7 @@
 // docs/bank_contract.md and tested by tests/contracts/bank_contract.hpp.
 #pragma once
 
+#include <algorithm>
 #include <concepts>
 #include <span>
 
@@ -26,6 +27,7 @@ struct BankInput {
   MatView<const T> base = {};  ///< [rows of y, output width], x Wᵀ without bias; only if needs_base
   RowsBy x_rows = RowsBy::token;
   RowsBy y_rows = RowsBy::token;
+  bool overwrite = false;  ///< y is written, not added to; rows without a slot become 0
 };
 
 /// Where the gradients of a BankInput are added. Empty members are not computed.
@@ -60,45 +62,49 @@ void require_bank_call(const BankInput<T>& input, const Routing<T>& routing, Mat
   if (d_input.x.data != nullptr) require_shape("dx", d_input.x, input.x.rows, in);
 }
 
-template <class B>
-concept ExpertBank = requires {
-  typename B::Scalar;
-  typename B::Config;
-  typename B::template Params<typename B::Scalar>;
-  typename B::Weights;
-  typename B::Prepared;
-  typename B::Tape;
-  { B::needs_base } -> std::convertible_to<bool>;
+/// What forward does to y once nothing can fail any more.
+template <class T>
+void begin_output(const BankInput<T>& input, MatView<T> y) noexcept {
+  for (Index row = 0; input.overwrite && row < y.rows; ++row) {
+    std::ranges::fill(y.row(row), T(0));
+  }
 }
-&&requires(const B b, const typename B::Weights weights, const typename B::Prepared prepared,
-           const BankInput<typename B::Scalar> input, const Routing<typename B::Scalar> routing,
-           const MatView<typename B::Scalar> y, typename B::Tape* tape,
-           const typename B::Tape saved, const MatView<const typename B::Scalar> dy,
-           const std::span<typename B::Scalar> dgate,
-           const BankInputGradient<typename B::Scalar> d_input,
-           const typename B::template Params<typename B::Scalar> grad, Workspace& memory,
-           const Context& context, Index n) {
-  { b.input_width() }
-  noexcept->std::convertible_to<Index>;
-  { b.output_width() }
-  noexcept->std::convertible_to<Index>;
-  { b.experts() }
-  noexcept->std::convertible_to<Index>;
-  { b.template params_bytes<typename B::Scalar>() }
-  noexcept->std::convertible_to<std::size_t>;
-  {
-    b.template make_params<typename B::Scalar>(memory)
-    } -> std::same_as<typename B::template Params<typename B::Scalar>>;
-  { b.prepared_bytes() }
-  noexcept->std::convertible_to<std::size_t>;
-  { b.scratch_bytes(n, n, int{}) }
-  noexcept->std::convertible_to<std::size_t>;
-  { b.tape_bytes(n, n) }
-  noexcept->std::convertible_to<std::size_t>;
-  { b.prepare(weights, memory) } -> std::same_as<typename B::Prepared>;
-  { b.make_tape(memory, n, n) } -> std::same_as<typename B::Tape>;
-  b.forward(prepared, input, routing, y, tape, context);
-  b.backward(weights, saved, input, routing, dy, dgate, d_input, grad, context);
-};
+
+// clang-format off
+template <class B>
+concept ExpertBank =
+    requires {
+      typename B::Scalar;
+      typename B::Config;
+      typename B::template Params<typename B::Scalar>;
+      typename B::Weights;
+      typename B::Prepared;
+      typename B::Tape;
+      { B::needs_base } -> std::convertible_to<bool>;
+    } &&
+    requires(const B b, const typename B::Weights weights, const typename B::Prepared prepared,
+             const BankInput<typename B::Scalar> input, const Routing<typename B::Scalar> routing,
+             const MatView<typename B::Scalar> y, typename B::Tape* tape,
+             const typename B::Tape saved, const MatView<const typename B::Scalar> dy,
+             const std::span<typename B::Scalar> dgate,
+             const BankInputGradient<typename B::Scalar> d_input,
+             const typename B::template Params<typename B::Scalar> grad, Workspace& memory,
+             const Context& context, Index n) {
+      { b.input_width() } noexcept -> std::convertible_to<Index>;
+      { b.output_width() } noexcept -> std::convertible_to<Index>;
+      { b.experts() } noexcept -> std::convertible_to<Index>;
+      { b.template params_bytes<typename B::Scalar>() } noexcept
+          -> std::convertible_to<std::size_t>;
+      { b.template make_params<typename B::Scalar>(memory) }
+          -> std::same_as<typename B::template Params<typename B::Scalar>>;
+      { b.prepared_bytes() } noexcept -> std::convertible_to<std::size_t>;
+      { b.scratch_bytes(n, n, int{}) } noexcept -> std::convertible_to<std::size_t>;
+      { b.tape_bytes(n, n) } noexcept -> std::convertible_to<std::size_t>;
+      { b.prepare(weights, memory) } -> std::same_as<typename B::Prepared>;
+      { b.make_tape(memory, n, n) } -> std::same_as<typename B::Tape>;
+      b.forward(prepared, input, routing, y, tape, context);
+      b.backward(weights, saved, input, routing, dy, dgate, d_input, grad, context);
+    };
+// clang-format on
 
 }  // namespace mole::inline MOLE_ABI

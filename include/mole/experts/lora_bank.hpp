@@ -45,14 +45,18 @@ struct LoraBankParams {
   Index down_stride = 0;             ///< elements between rows of down
   Index up_stride = 0;               ///< elements between rows of up
 
+  /// The matrices of expert e; empty where there is none.
   MatView<V> down_of(Index e) const noexcept {
+    if (!has(down, e)) return {};
     return {down[e], rank[e], in, down_stride != 0 ? down_stride : in};
   }
   MatView<V> up_of(Index e) const noexcept {
+    if (!has(up, e)) return {};
     return {up[e], out, rank[e], up_stride != 0 ? up_stride : rank[e]};
   }
   MatView<V> bias_of(Index e) const noexcept {
-    return bias.empty() ? MatView<V>{} : MatView<V>{bias[e], 1, out};
+    if (!has(bias, e)) return {};
+    return {bias[e], 1, out};
   }
   operator LoraBankParams<const V>() const noexcept  // NOLINT(google-explicit-constructor)
       requires(!std::is_const_v<V>) {
@@ -70,6 +74,9 @@ struct LoraBankParams {
   }
 
  private:
+  bool has(std::span<V* const> list, Index e) const noexcept {
+    return e < static_cast<Index>(list.size()) && e < static_cast<Index>(rank.size());
+  }
   template <class View>
   static const View& as_lvalue(const View& view) noexcept {
     return view;
@@ -348,7 +355,7 @@ void LoraBank<T, W>::forward(const Prepared& prepared, const BankInput<T>& input
                              const Routing<T>& routing, MatView<T> y, Tape* tape,
                              const Context& context) const {
   require_bank_call<T>(input, routing, y, experts(), config_.in, config_.out);
-  if (routing.slots() == 0) return;
+  if (routing.slots() == 0) return begin_output(input, y);
   if (tape != nullptr) check_tape(*tape, routing.slots());
   Workspace::Frame frame(context.scratch);
   const std::span<const Panels<T>> down = prepared.down;
@@ -357,12 +364,14 @@ void LoraBank<T, W>::forward(const Prepared& prepared, const BankInput<T>& input
   if (takes_dense_path(input, routing, tape)) {
     const MatView<T> hidden = context.scratch.take<T>(routing.tokens, total_rank());
     const MatView<const T> gate(routing.gate.data(), routing.tokens, routing.experts);
+    begin_output(input, y);
     gated::dense_forward(gate, scale, input.x, down, prepared.up, ranks, hidden, y, context);
     return;
   }
   const MatView<T> scaled = take_scratch(context.scratch, routing.slots(), false).scaled;
   const MatView<T> hidden = tape != nullptr ? tape->hidden : scaled;
   const gated::Slots which = tape != nullptr ? gated::Slots::all : gated::Slots::active;
+  begin_output(input, y);
   gated::down(routing.lists, which, down, input.x, input.x_rows, hidden, context);
   gated::apply_gates<T>(routing.lists, routing.gate, scale, ranks, hidden, RowsBy::slot, scaled,
                         context);

@@ -250,7 +250,7 @@ void SharedDownBank<T>::forward(const Prepared& prepared, const BankInput<T>& in
                                 const Routing<T>& routing, MatView<T> y, Tape* tape,
                                 const Context& context) const {
   require_bank_call<T>(input, routing, y, experts(), config_.in, config_.out);
-  if (routing.slots() == 0) return;
+  if (routing.slots() == 0) return begin_output(input, y);
   if (tape != nullptr) check_tape(*tape, input.x.rows);
   Workspace::Frame frame(context.scratch);
   const Scratch scratch = take_scratch(context.scratch, input.x.rows, routing.slots(), false);
@@ -259,6 +259,7 @@ void SharedDownBank<T>::forward(const Prepared& prepared, const BankInput<T>& in
   const std::span<const T> scale = config_.scale;
   const std::span<const Index> ranks = rank_begin_;
 
+  begin_output(input, y);
   const gated::Rows rows =
       gated::used_rows<T>(routing.token_begin, routing.gate, input.x_rows, which, scratch.rows);
   gated::multiply<T>(rows, input.x, prepared.down, false, hidden, context);

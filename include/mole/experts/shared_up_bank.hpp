@@ -253,7 +253,7 @@ void SharedUpBank<T>::forward(const Prepared& prepared, const BankInput<T>& inpu
                               const Routing<T>& routing, MatView<T> y, Tape* tape,
                               const Context& context) const {
   require_bank_call<T>(input, routing, y, experts(), config_.in, config_.out);
-  if (routing.slots() == 0) return;
+  if (routing.slots() == 0) return begin_output(input, y);
   if (tape != nullptr) check_tape(*tape, routing.slots());
   Workspace::Frame frame(context.scratch);
   const Scratch scratch = take_scratch(context.scratch, y.rows, routing.slots(), false);
@@ -261,6 +261,7 @@ void SharedUpBank<T>::forward(const Prepared& prepared, const BankInput<T>& inpu
   const gated::Slots which = tape != nullptr ? gated::Slots::all : gated::Slots::active;
   const std::span<const Panels<T>> down = prepared.down;
 
+  begin_output(input, y);
   gated::down(routing.lists, which, down, input.x, input.x_rows, hidden, context);
   gated::mix<T>(routing.token_begin, routing.expert, routing.gate, config_.scale, hidden,
                 scratch.mixed, input.y_rows, context);

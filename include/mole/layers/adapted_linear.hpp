@@ -57,7 +57,7 @@ class AdaptedLinear {
 
   struct Prepared {
     Panels<T> weight;
-    MatView<const T> bias;  ///< the caller's
+    MatView<const T> bias;  ///< [1, out], or empty
     typename M::Prepared mixture;
   };
 
@@ -90,7 +90,8 @@ class AdaptedLinear {
     mixture_.route(prepared.mixture, buffers, input, carry_in, table, carry_out, tape, context);
   }
 
-  /// y = x Wᵀ + b + mixture for a finished routing.
+  /// y = x Wᵀ + b + mixture for a finished routing. Shapes and scratch are checked before y is
+  /// written; if the bank refuses its tape, y holds the base product.
   void apply(const Prepared& prepared, const LayerInput<T>& input, const Routing<T>& routing,
              MatView<T> y, typename M::ExpertTape* tape, const Context& context) const;
 
@@ -118,6 +119,9 @@ class AdaptedLinear {
   }
 
  private:
+  /// Throws shape_mismatch unless the members that are there fit.
+  template <class V>
+  void check_base(MatView<V> weight, MatView<V> bias) const;
   /// The weight as [out, in]: itself, or its transpose in scratch.
   MatView<const T> upright(MatView<const T> weight, const Context& context) const;
 
@@ -129,6 +133,7 @@ template <class M>
 std::size_t AdaptedLinear<M>::prepared_bytes() const noexcept {
   ByteCounter counter;
   counter.take<T>(output_width(), input_width());
+  counter.take<T>(1, output_width());
   return counter.bytes() + mixture_.prepared_bytes();
 }
 
@@ -144,14 +149,23 @@ std::size_t AdaptedLinear<M>::scratch_bytes(Index max_tokens, int workers) const
 }
 
 template <class M>
+template <class V>
+void AdaptedLinear<M>::check_base(MatView<V> weight, MatView<V> bias) const {
+  const Index in = input_width(), out = output_width();
+  if (weight.data != nullptr && config_.fan_in_fan_out) {
+    require_shape("weight (fan_in_fan_out)", weight, in, out);
+  } else if (weight.data != nullptr) {
+    require_shape("weight", weight, out, in);
+  }
+  if (bias.data != nullptr) require_shape("bias", bias, 1, out);
+}
+
+template <class M>
 auto AdaptedLinear<M>::prepare(const Weights& weights, Workspace& memory) const -> Prepared {
   const Index in = input_width(), out = output_width();
-  if (config_.fan_in_fan_out) {
-    require_shape("weight (fan_in_fan_out)", weights.weight, in, out);
-  } else {
-    require_shape("weight", weights.weight, out, in);
-  }
-  if (weights.bias.data != nullptr) require_shape("bias", weights.bias, 1, out);
+  require(weights.weight.data != nullptr, Errc::invalid_argument,
+          "AdaptedLinear: the base weight is missing");
+  check_base(weights.weight, weights.bias);
   T* packed = memory.take<T>(out * in).data();
   Panels<T> panels{packed, in, out};
   if (config_.fan_in_fan_out) {
@@ -165,7 +179,10 @@ auto AdaptedLinear<M>::prepare(const Weights& weights, Workspace& memory) const 
   } else {
     pack_panels(weights.weight, packed);
   }
-  return {panels, weights.bias, mixture_.prepare(weights.mixture, memory)};
+  const MatView<T> bias = memory.take<T>(1, out);
+  if (weights.bias.data != nullptr) std::ranges::copy(weights.bias.row(0), bias.data);
+  return {panels, weights.bias.data != nullptr ? MatView<const T>(bias) : MatView<const T>{},
+          mixture_.prepare(weights.mixture, memory)};
 }
 
 template <class M>
@@ -183,12 +200,12 @@ template <class M>
 void AdaptedLinear<M>::apply(const Prepared& prepared, const LayerInput<T>& input,
                              const Routing<T>& routing, MatView<T> y, typename M::ExpertTape* tape,
                              const Context& context) const {
-  require_shape("x", input.x, input.x.rows, input_width());
-  require_shape("y", y, input.x.rows, output_width());
   Workspace::Frame frame(context.scratch);
+  MatView<T> base;
+  if constexpr (M::needs_base) base = context.scratch.take<T>(y.rows, y.cols);
+  mixture_.check_apply(input, routing, y, context);
   LayerInput<T> with_base = input;
   if constexpr (M::needs_base) {
-    const MatView<T> base = context.scratch.take<T>(y.rows, y.cols);
     dense::forward<T>(prepared.weight, {}, input.x, base, context);
     for (Index t = 0; t < y.rows; ++t) {
       for (Index n = 0; n < y.cols; ++n) {
@@ -223,6 +240,10 @@ void AdaptedLinear<M>::backward(const Weights& weights, const Buffers& buffers, 
                                 const Carry<T>& d_carry_out, const LayerInputGradient<T>& d_input,
                                 const Params<T>& grad, const Carry<T>& d_carry_in,
                                 const Context& context) const {
+  require(weights.weight.data != nullptr, Errc::invalid_argument,
+          "AdaptedLinear: the base weight is missing");
+  check_base(weights.weight, weights.bias);
+  check_base(grad.weight, grad.bias);
   Workspace::Frame frame(context.scratch);
   const MatView<const T> weight = upright(weights.weight, context);
   LayerInput<T> with_base = input;

@@ -18,12 +18,13 @@ template <class T>
 class AnyLayer {
  public:
   /// Packs the weights into memory that the AnyLayer owns; copies share it. For layers whose router
-  /// has neither buffers nor carry. The bias of an AdaptedLinear must outlive it.
+  /// has no carry. Buffers are kept as they are: what they point to must outlive the AnyLayer.
   template <class Layer>
   requires std::same_as<typename Layer::Scalar, T> &&
       std::same_as<typename Layer::template Carry<T>, None>
-      AnyLayer(Layer layer, const typename Layer::Weights& weights)
-      : self_(std::make_shared<const Model<Layer>>(std::move(layer), weights)) {}
+      AnyLayer(Layer layer, const typename Layer::Weights& weights,
+               const typename Layer::Buffers& buffers = {})
+      : self_(std::make_shared<const Model<Layer>>(std::move(layer), weights, buffers)) {}
 
   Index input_width() const noexcept { return self_->input_width(); }
   Index output_width() const noexcept { return self_->output_width(); }
@@ -59,8 +60,8 @@ class AnyLayer {
 
   template <class Layer>
   struct Model final : Interface {
-    Model(Layer l, const typename Layer::Weights& weights)
-        : layer(std::move(l)), memory(layer.prepared_bytes()) {
+    Model(Layer l, const typename Layer::Weights& weights, const typename Layer::Buffers& b)
+        : layer(std::move(l)), buffers(b), memory(layer.prepared_bytes()) {
       Workspace workspace(memory.span());
       prepared = layer.prepare(weights, workspace);
     }
@@ -78,11 +79,12 @@ class AnyLayer {
     }
     void forward(const LayerInput<T>& input, RoutingTable<T>& table, MatView<T> y,
                  const Context& context) const override {
-      layer.route(prepared, {}, input, {}, table, {}, nullptr, context);
+      layer.route(prepared, buffers, input, {}, table, {}, nullptr, context);
       layer.apply(prepared, input, table.view(), y, nullptr, context);
     }
 
     Layer layer;
+    typename Layer::Buffers buffers;
     Buffer memory;
     typename Layer::Prepared prepared;
   };

@@ -89,12 +89,17 @@ class Mixture {
   void apply(const Prepared& prepared, const LayerInput<T>& input, const Routing<T>& routing,
              MatView<T> y, typename B::Tape* tape, const Context& context) const;
 
+  /// What `apply` checks before it writes: throws shape_mismatch, or out_of_memory if the scratch
+  /// is too small for the experts.
+  void check_apply(const LayerInput<T>& input, const Routing<T>& routing, MatView<T> y,
+                   const Context& context) const;
+
   /// Both halves. `tape` null is inference.
   void forward(const Prepared& prepared, const Buffers& buffers, const LayerInput<T>& input,
                const Carry<const T>& carry_in, MatView<T> y, const Carry<T>& carry_out, Tape* tape,
                const Context& context) const;
 
-  /// Both halves for a router without buffers and carry.
+  /// Both halves for a router without carry, with empty buffers.
   void forward(const Prepared& prepared, const LayerInput<T>& input, MatView<T> y, Tape* tape,
                const Context& context) const requires std::same_as<Carry<T>, None> {
     forward(prepared, Buffers{}, input, {}, y, {}, tape, context);
@@ -182,7 +187,6 @@ requires std::same_as<typename R::Scalar, typename B::Scalar>
 auto Mixture<R, B>::expert_input(const LayerInput<T>& input, const Context& context) const
     -> MatView<const T> {
   if (input.dropout.data == nullptr) return input.x;
-  require_shape("dropout", input.dropout, input.x.rows, input.x.cols);
   const MatView<T> dropped = context.scratch.template take<T>(input.x.rows, input.x.cols);
   for (Index t = 0; t < dropped.rows; ++t) {
     for (Index i = 0; i < dropped.cols; ++i) dropped(t, i) = input.x(t, i) * input.dropout(t, i);
@@ -202,9 +206,30 @@ void Mixture<R, B>::route(const Prepared& prepared, const Buffers& buffers,
 
 template <Router R, ExpertBank B>
 requires std::same_as<typename R::Scalar, typename B::Scalar>
+void Mixture<R, B>::check_apply(const LayerInput<T>& input, const Routing<T>& routing, MatView<T> y,
+                                const Context& context) const {
+  require(routing.experts == experts_.experts(), Errc::shape_mismatch, "routing: expected ",
+          experts_.experts(), " experts, got ", routing.experts);
+  require_shape("x", input.x, routing.tokens, input_width());
+  require_shape("y", y, routing.tokens, output_width());
+  const bool dropped = input.dropout.data != nullptr;
+  if (dropped) require_shape("dropout", input.dropout, routing.tokens, input_width());
+  ByteCounter dropped_bytes;
+  dropped_bytes.take<T>(dropped ? routing.tokens : 0, input_width());
+  const std::size_t needed =
+      dropped_bytes.bytes() +
+      experts_.scratch_bytes(routing.tokens, routing.slots(), context.workers);
+  require(context.scratch.free_bytes() >= needed, Errc::out_of_memory, "scratch: ", needed,
+          " bytes needed for ", routing.tokens, " tokens, ", context.scratch.free_bytes(),
+          " are free");
+}
+
+template <Router R, ExpertBank B>
+requires std::same_as<typename R::Scalar, typename B::Scalar>
 void Mixture<R, B>::apply(const Prepared& prepared, const LayerInput<T>& input,
                           const Routing<T>& routing, MatView<T> y, typename B::Tape* tape,
                           const Context& context) const {
+  check_apply(input, routing, y, context);
   Workspace::Frame frame(context.scratch);
   const BankInput<T> bank_input{.x = expert_input(input, context), .base = input.base};
   experts_.forward(prepared.experts, bank_input, routing, y, tape, context);
@@ -235,6 +260,16 @@ void Mixture<R, B>::backward(const Weights& weights, const Buffers& buffers, con
                              const Context& context) const {
   Workspace::Frame frame(context.scratch);
   const Routing<T> routing = saved.routing.view();
+  require_shape("x", input.x, routing.tokens, input_width());
+  if (input.dropout.data != nullptr) {
+    require_shape("dropout", input.dropout, routing.tokens, input_width());
+  }
+  if (d_input.x.data != nullptr) require_shape("dx", d_input.x, routing.tokens, input_width());
+  const MatView<T> d_router_x = input.router_x.data != nullptr ? d_input.router_x : d_input.x;
+  if constexpr (requires { &R::require_backward; }) {
+    router_.require_backward(weights.router, saved.router, input.tokens(), routing, d_tape,
+                             d_router_x, grad.router);
+  }
   const BankInput<T> bank_input{.x = expert_input(input, context), .base = input.base};
   BankInputGradient<T> d_bank{.x = d_input.x, .base = d_input.base};
   const bool dropped = input.dropout.data != nullptr && d_input.x.data != nullptr;
@@ -249,7 +284,6 @@ void Mixture<R, B>::backward(const Weights& weights, const Buffers& buffers, con
       d_input.x(t, i) = std::fma(d_bank.x(t, i), input.dropout(t, i), d_input.x(t, i));
     }
   }
-  const MatView<T> d_router_x = input.router_x.data != nullptr ? d_input.router_x : d_input.x;
   router_.backward(weights.router, buffers, saved.router, input.tokens(), input.overrides, carry_in,
                    routing, d_tape, d_carry_out, d_router_x, grad.router, d_carry_in, context);
 }

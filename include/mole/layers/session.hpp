@@ -3,13 +3,14 @@
 // table and, for training, the tape. Adds no feature: each method is one call of the layer.
 #pragma once
 
-#include <algorithm>
+#include <concepts>
 #include <utility>
 
 #include "mole/core/config.hpp"
 #include "mole/core/context.hpp"
 #include "mole/core/params.hpp"
 #include "mole/layers/layer_input.hpp"
+#include "mole/routing/routing.hpp"
 
 namespace mole::inline MOLE_ABI {
 
@@ -21,6 +22,7 @@ struct SessionOptions {
 
 /// For layers whose router has no carry. Not for use by two threads at a time.
 template <class Layer>
+requires std::same_as<typename Layer::template Carry<typename Layer::Scalar>, None>
 class Session {
  public:
   using T = typename Layer::Scalar;
@@ -46,13 +48,20 @@ class Session {
   /// Where losses add their gradients between forward and backward; zero after every forward.
   const typename Layer::RouterTape& d_tape() const noexcept { return d_tape_; }
 
-  /// Gradients of the last forward, added into d_input and grad. Throws state_error without
-  /// training.
+  /// Gradients of the last forward, added into d_input and grad; once per forward. Throws
+  /// state_error without training, or without a forward before it.
   void backward(const typename Layer::Weights& weights, const LayerInput<T>& input,
                 MatView<const T> dy, const LayerInputGradient<T>& d_input,
                 const typename Layer::template Params<T>& grad, const Buffers& buffers = {});
 
  private:
+  static SessionOptions checked(SessionOptions options) {
+    require(options.max_tokens >= 0, Errc::invalid_argument,
+            "Session: max_tokens must not be negative, got ", options.max_tokens);
+    require(options.workers >= 1, Errc::invalid_argument,
+            "Session: workers must be at least 1, got ", options.workers);
+    return options;
+  }
   const RoutingTable<T>& table() const noexcept {
     return options_.training ? tape_.routing : table_;
   }
@@ -66,12 +75,14 @@ class Session {
   typename Layer::Tape tape_{};
   typename Layer::RouterTape d_tape_{};
   RoutingTable<T> table_;
+  bool forward_done_ = false;
 };
 
 template <class Layer>
+requires std::same_as<typename Layer::template Carry<typename Layer::Scalar>, None>
 Session<Layer>::Session(Layer layer, const typename Layer::Weights& weights, SessionOptions options)
     : layer_(std::move(layer)),
-      options_(options),
+      options_(checked(options)),
       prepared_memory_(layer_.prepared_bytes()),
       scratch_memory_(layer_.scratch_bytes(options.max_tokens, options.workers)),
       scratch_(scratch_memory_.span()),
@@ -92,18 +103,22 @@ Session<Layer>::Session(Layer layer, const typename Layer::Weights& weights, Ses
 }
 
 template <class Layer>
+requires std::same_as<typename Layer::template Carry<typename Layer::Scalar>, None>
 void Session<Layer>::update(const typename Layer::Weights& weights) {
   Workspace memory(prepared_memory_.span());
   prepared_ = layer_.prepare(weights, memory);
 }
 
 template <class Layer>
+requires std::same_as<typename Layer::template Carry<typename Layer::Scalar>, None>
 void Session<Layer>::forward(const LayerInput<T>& input, MatView<T> y, const Buffers& buffers) {
   require(input.x.rows <= options_.max_tokens, Errc::limit_exceeded, "Session: ", input.x.rows,
           " tokens, max_tokens is ", options_.max_tokens);
+  forward_done_ = false;
   if (options_.training) {
     params::zero(d_tape_);
     layer_.forward(prepared_, buffers, input, {}, y, {}, &tape_, context_);
+    forward_done_ = true;
   } else {
     layer_.route(prepared_, buffers, input, {}, table_, {}, nullptr, context_);
     layer_.apply(prepared_, input, table_.view(), y, nullptr, context_);
@@ -111,12 +126,16 @@ void Session<Layer>::forward(const LayerInput<T>& input, MatView<T> y, const Buf
 }
 
 template <class Layer>
+requires std::same_as<typename Layer::template Carry<typename Layer::Scalar>, None>
 void Session<Layer>::backward(const typename Layer::Weights& weights, const LayerInput<T>& input,
                               MatView<const T> dy, const LayerInputGradient<T>& d_input,
                               const typename Layer::template Params<T>& grad,
                               const Buffers& buffers) {
   require(options_.training, Errc::state_error,
           "Session::backward: the session was made without training");
+  require(forward_done_, Errc::state_error,
+          "Session::backward: needs a forward since the last backward");
+  forward_done_ = false;
   layer_.backward(weights, buffers, tape_, input, {}, dy, d_tape_, {}, d_input, grad, {}, context_);
 }
 

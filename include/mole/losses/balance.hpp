@@ -37,8 +37,9 @@ struct BalanceLoss {
   bool count_zero_gates = false;
 };
 
-/// prob [tokens, experts]: the scores of the router's tape. dprob may be empty. Tokens are summed
-/// in ascending order, in double. Throws shape_mismatch.
+/// prob [tokens, experts]: the scores of the router's tape; rows beyond the tokens of the routing,
+/// as a tape for larger calls has them, are not looked at. dprob may be empty. Tokens are summed in
+/// ascending order, in double. Throws shape_mismatch.
 template <class T>
 T balance_loss(const BalanceLoss<T>& loss, const Routing<T>& routing,
                std::type_identity_t<MatView<const T>> prob, std::type_identity_t<MatView<T>> dprob,
@@ -49,8 +50,10 @@ T balance_loss(const BalanceLoss<T>& loss, const Routing<T>& routing,
                std::type_identity_t<MatView<const T>> prob, std::type_identity_t<MatView<T>> dprob,
                const Context& context) {
   const Index tokens = routing.tokens, experts = routing.experts;
-  require_shape("prob", prob, tokens, experts);
-  if (dprob.data != nullptr) require_shape("dprob", dprob, tokens, experts);
+  require(prob.rows >= tokens, Errc::shape_mismatch, "prob: expected at least ", tokens,
+          " rows, got ", prob.rows);
+  require_shape("prob", prob, prob.rows, experts);
+  if (dprob.data != nullptr) require_shape("dprob", dprob, prob.rows, experts);
   require(loss.mask.empty() || static_cast<Index>(loss.mask.size()) == tokens, Errc::shape_mismatch,
           "mask: expected ", tokens, " values, got ", loss.mask.size());
   const auto is_real = [&](Index t) { return loss.mask.empty() || loss.mask[t] != 0; };

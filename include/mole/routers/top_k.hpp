@@ -86,6 +86,15 @@ class TopKRouter {
                 const Routing<T>& routing, const Tape& d_tape, None d_carry_out, MatView<T> dx,
                 const Params<T>& grad, None d_carry_in, const Context& context) const;
 
+  /// What `backward` checks before it adds anything. Throws shape_mismatch or invalid_argument.
+  void require_backward(const Params<const T>& params, const Tape& saved, const Tokens<T>& tokens,
+                        const Routing<T>& routing, const Tape& d_tape, MatView<T> dx,
+                        const Params<T>& grad) const {
+    check_backward(shape(), saved, tokens, routing, d_tape, dx);
+    head_.check(params);
+    head_.check_gradient(grad);
+  }
+
  private:
   /// Rows over all experts of one worker.
   struct Rows {
@@ -279,9 +288,7 @@ void TopKRouter<T>::backward(const Params<const T>& params, const Buffers&, cons
                              const Routing<T>& routing, const Tape& d_tape, None, MatView<T> dx,
                              const Params<T>& grad, None, const Context& context) const {
   const Index count = tokens.count();
-  check_backward(shape(), saved, tokens, routing, d_tape, dx);
-  head_.check(params);
-  head_.check_gradient(grad);
+  require_backward(params, saved, tokens, routing, d_tape, dx, grad);
   const Workspace::Frame frame(context.scratch);
   const Scratch scratch = take_scratch(context.scratch, context.workers);
   parallel_for(context, count, kTokensPerTask, [&](Index begin, Index end, int worker) {

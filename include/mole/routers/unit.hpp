@@ -5,6 +5,7 @@
 //   gate(t, e) = 1        no parameters, no gradient
 #pragma once
 
+#include "mole/routing/call.hpp"
 #include "mole/routing/router.hpp"
 
 namespace mole::inline MOLE_ABI {
@@ -36,6 +37,8 @@ class UnitRouter {
   Index input_width() const noexcept { return config_.width; }
   Index experts() const noexcept { return config_.experts; }
   Index max_per_token() const noexcept { return config_.experts; }
+  std::size_t params_bytes() const noexcept { return 0; }
+  Params<T> make_params(Workspace&) const { return {}; }
   std::size_t prepared_bytes() const noexcept { return 0; }
   std::size_t scratch_bytes(Index max_tokens, int workers) const noexcept;
   std::size_t tape_bytes(Index max_tokens) const noexcept;
@@ -104,7 +107,9 @@ void UnitRouter<T>::forward(const Prepared&, const Buffers&, const Tokens<T>& to
                             const Overrides<T>& overrides, const Carry<const T>&,
                             RoutingTable<T>& table, const Carry<T>&, Tape* tape,
                             const Context& context) const {
-  check_overrides(overrides, tokens.count(), config_.experts);
+  check_forward({-1, config_.experts, config_.experts}, tokens, overrides, table, tape);
+  require(overrides.logit_bias.data == nullptr && overrides.gates.data == nullptr,
+          Errc::invalid_argument, "UnitRouter: has no logits to bias and takes no gates");
   Workspace::Frame frame(context.scratch);
   const std::span<std::int32_t> ids = context.scratch.take<std::int32_t>(config_.experts);
   const std::span<T> ones = context.scratch.take<T>(config_.experts);
@@ -127,5 +132,6 @@ extern template class UnitRouter<double>;
 #endif
 
 static_assert(Router<UnitRouter<float>>);
+static_assert(Router<UnitRouter<double>>);
 
 }  // namespace mole::inline MOLE_ABI

@@ -59,7 +59,7 @@ class WorkerRows {
   template <class Arena>
   WorkerRows(Arena& arena, int workers, Index parts, Index size)
       : parts_(parts), size_(size), stride_(aligned_bytes(size * sizeof(V)) / sizeof(V)) {
-    memory_ = arena.template take<V>(workers * parts * stride_);
+    memory_ = arena.template take<V>(std::max(workers, 1) * parts * stride_);
   }
   std::span<V> operator()(int worker, Index part) const noexcept {
     return memory_.subspan(static_cast<std::size_t>((worker * parts_ + part) * stride_),
@@ -71,12 +71,21 @@ class WorkerRows {
   std::span<V> memory_;
 };
 
+/// Throws shape_mismatch unless scores and logits have a column per expert.
+template <class T>
+void check_tape_columns(const RouterTape<T>& tape, Index experts) {
+  require_shape("tape.prob", tape.prob, tape.prob.rows, experts);
+  require_shape("tape.logits", tape.logits, tape.prob.rows, experts);
+}
+
 template <class T>
 void check_forward(const RouterShape& shape, const Tokens<T>& tokens, const Overrides<T>& overrides,
                    const RoutingTable<T>& table, const RouterTape<T>* tape) {
   const Index count = tokens.count();
   if (count > 0 && shape.width >= 0) require_shape("x", tokens.x, count, shape.width);
   check_overrides(overrides, count, shape.experts);
+  require(shape.width < 0 || overrides.gates.data == nullptr, Errc::invalid_argument,
+          "overrides.gates: this router decides by itself, only a GivenRouter takes gates");
   require(count <= table.max_tokens(), Errc::limit_exceeded, "router: ", count,
           " tokens, the routing table was made for at most ", table.max_tokens());
   require(table.experts() == shape.experts && table.max_per_token() >= shape.max_per_token,
@@ -85,9 +94,10 @@ void check_forward(const RouterShape& shape, const Tokens<T>& tokens, const Over
           shape.max_per_token, " a token");
   if (tape == nullptr) return;
   const Index slots = count * shape.max_per_token;
-  require(tape->prob.rows >= count && tape->gate.cols >= slots, Errc::limit_exceeded,
-          "router tape: made for ", tape->prob.rows, " tokens and ", tape->gate.cols,
-          " slots, the call needs ", count, " and ", slots);
+  require((shape.width < 0 || tape->prob.rows >= count) && tape->gate.cols >= slots,
+          Errc::limit_exceeded, "router tape: made for ", tape->prob.rows, " tokens and ",
+          tape->gate.cols, " slots, the call needs ", count, " and ", slots);
+  if (shape.width >= 0) check_tape_columns(*tape, shape.experts);
 }
 
 template <class T>
@@ -101,6 +111,7 @@ void check_backward(const RouterShape& shape, const RouterTape<T>& saved, const 
     require(tape->prob.rows >= count && tape->gate.cols >= routing.slots(), Errc::shape_mismatch,
             tape == &saved ? "saved" : "d_tape", ": made for ", tape->prob.rows, " tokens and ",
             tape->gate.cols, " slots, the call has ", count, " and ", routing.slots());
+    if (shape.width >= 0) check_tape_columns(*tape, shape.experts);
   }
   if (count == 0 || shape.width < 0) return;
   require_shape("x", tokens.x, count, shape.width);

@@ -16,8 +16,8 @@ namespace mole::inline MOLE_ABI {
 
 template <class V>
 struct LinearParams {
-  MatView<V> weight;  ///< [experts, width]
-  MatView<V> bias;    ///< [1, experts], or empty: none
+  MatView<V> weight = {};  ///< [experts, width]
+  MatView<V> bias = {};    ///< [1, experts], or empty: none
 
   template <class F, class... P>
   static void visit(F&& f, P&... p) {

@@ -54,48 +54,45 @@ struct RouterTape {
   }
 };
 
+// clang-format off
 template <class R>
-concept Router = requires {
-  typename R::Scalar;
-  typename R::Config;
-  typename R::template Params<typename R::Scalar>;
-  typename R::template Params<const typename R::Scalar>;
-  typename R::Prepared;
-  typename R::Buffers;
-  typename R::template Carry<typename R::Scalar>;
-  typename R::template Carry<const typename R::Scalar>;
-  typename R::Tape;
-  { R::scope } -> std::convertible_to<Scope>;
-  { R::gradient } -> std::convertible_to<GradientKind>;
-}
-&&requires(const R r, const typename R::template Params<const typename R::Scalar> params,
-           const typename R::Prepared prepared, const typename R::Buffers buffers,
-           const typename R::Tape saved, const Tokens<typename R::Scalar> tokens,
-           const Overrides<typename R::Scalar> overrides,
-           const typename R::template Carry<const typename R::Scalar> carry_in,
-           const typename R::template Carry<typename R::Scalar> carry_out,
-           const typename R::template Params<typename R::Scalar> grad,
-           const Routing<typename R::Scalar> routing, RoutingTable<typename R::Scalar>& table,
-           typename R::Tape* tape, const typename R::Tape d_tape,
-           const MatView<typename R::Scalar> dx, Workspace& memory, const Context& context,
-           Index n) {
-  { r.input_width() }
-  noexcept->std::convertible_to<Index>;
-  { r.experts() }
-  noexcept->std::convertible_to<Index>;
-  { r.max_per_token() }
-  noexcept->std::convertible_to<Index>;
-  { r.prepared_bytes() }
-  noexcept->std::convertible_to<std::size_t>;
-  { r.scratch_bytes(n, int{}) }
-  noexcept->std::convertible_to<std::size_t>;
-  { r.tape_bytes(n) }
-  noexcept->std::convertible_to<std::size_t>;
-  { r.prepare(params, memory) } -> std::same_as<typename R::Prepared>;
-  { r.make_tape(memory, n) } -> std::same_as<typename R::Tape>;
-  r.forward(prepared, buffers, tokens, overrides, carry_in, table, carry_out, tape, context);
-  r.backward(params, buffers, saved, tokens, overrides, carry_in, routing, d_tape, carry_out, dx,
-             grad, carry_out, context);
-};
+concept Router =
+    requires {
+      typename R::Scalar;
+      typename R::Config;
+      typename R::template Params<typename R::Scalar>;
+      typename R::template Params<const typename R::Scalar>;
+      typename R::Prepared;
+      typename R::Buffers;
+      typename R::template Carry<typename R::Scalar>;
+      typename R::template Carry<const typename R::Scalar>;
+      typename R::Tape;
+      { R::scope } -> std::convertible_to<Scope>;
+      { R::gradient } -> std::convertible_to<GradientKind>;
+    } &&
+    requires(const R r, const typename R::template Params<const typename R::Scalar> params,
+             const typename R::Prepared prepared, const typename R::Buffers buffers,
+             const typename R::Tape saved, const Tokens<typename R::Scalar> tokens,
+             const Overrides<typename R::Scalar> overrides,
+             const typename R::template Carry<const typename R::Scalar> carry_in,
+             const typename R::template Carry<typename R::Scalar> carry_out,
+             const typename R::template Params<typename R::Scalar> grad,
+             const Routing<typename R::Scalar> routing, RoutingTable<typename R::Scalar>& table,
+             typename R::Tape* tape, const typename R::Tape d_tape,
+             const MatView<typename R::Scalar> dx, Workspace& memory, const Context& context,
+             Index n) {
+      { r.input_width() } noexcept -> std::convertible_to<Index>;
+      { r.experts() } noexcept -> std::convertible_to<Index>;
+      { r.max_per_token() } noexcept -> std::convertible_to<Index>;
+      { r.prepared_bytes() } noexcept -> std::convertible_to<std::size_t>;
+      { r.scratch_bytes(n, int{}) } noexcept -> std::convertible_to<std::size_t>;
+      { r.tape_bytes(n) } noexcept -> std::convertible_to<std::size_t>;
+      { r.prepare(params, memory) } -> std::same_as<typename R::Prepared>;
+      { r.make_tape(memory, n) } -> std::same_as<typename R::Tape>;
+      r.forward(prepared, buffers, tokens, overrides, carry_in, table, carry_out, tape, context);
+      r.backward(params, buffers, saved, tokens, overrides, carry_in, routing, d_tape, carry_out, dx,
+                 grad, carry_out, context);
+    };
+// clang-format on
 
 }  // namespace mole::inline MOLE_ABI

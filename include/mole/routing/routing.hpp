@@ -71,7 +71,8 @@ class RoutingTable {
   /// Every expert for one token, with its gates [experts]; zeros become probes.
   void select_all(Index token, std::span<const T> gates);
 
-  /// Compacts the rows and builds the inverse lists.
+  /// Compacts the rows and builds the inverse lists; then no more `select` until `begin`. A second
+  /// call does nothing.
   void finish() noexcept;
 
   /// Valid until the next `begin`.
@@ -86,6 +87,7 @@ class RoutingTable {
   }
 
   Index max_tokens_ = 0, experts_ = 0, max_per_token_ = 0, tokens_ = 0;
+  bool finished_ = false;
   std::span<std::int32_t> count_;         // [max_tokens], slots of each token while building
   std::span<std::int32_t> token_begin_;   // [max_tokens + 1]
   std::span<std::int32_t> expert_;        // [max_slots], row t at t * max_per_token until finish
@@ -138,6 +140,7 @@ void RoutingTable<T>::begin(Index tokens) {
   require(tokens >= 0 && tokens <= max_tokens_, Errc::limit_exceeded, "routing table: ", tokens,
           " tokens, it was made for at most ", max_tokens_);
   tokens_ = tokens;
+  finished_ = false;
   std::fill_n(count_.begin(), tokens, 0);
 }
 
@@ -185,6 +188,8 @@ void RoutingTable<T>::select_all(Index token, std::span<const T> gates) {
 
 template <class T>
 void RoutingTable<T>::finish() noexcept {
+  if (finished_) return;
+  finished_ = true;
   std::int32_t slots = 0;
   std::fill(expert_begin_.begin(), expert_begin_.end(), 0);
   std::fill(active_end_.begin(), active_end_.end(), 0);

@@ -14,6 +14,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <concepts>
 #include <span>
 
@@ -87,6 +88,15 @@ class RuleRouter {
                 const Routing<T>& routing, const Tape& d_tape, None d_carry_out, MatView<T> dx,
                 const Params<T>& grad, None d_carry_in, const Context& context) const;
 
+  /// What `backward` checks before it adds anything. Throws shape_mismatch or invalid_argument.
+  void require_backward(const Params<const T>& params, const Tape& saved, const Tokens<T>& tokens,
+                        const Routing<T>& routing, const Tape& d_tape, MatView<T> dx,
+                        const Params<T>& grad) const {
+    check_backward(shape(), saved, tokens, routing, d_tape, dx);
+    head_.check(params);
+    head_.check_gradient(grad);
+  }
+
  private:
   struct Scratch {
     WorkerRows<T> rows;  // three a worker
@@ -130,6 +140,7 @@ void RuleRouter<T, Rule>::forward(const Prepared& prepared, None, const Tokens<T
   const MatView<T> logits = tape != nullptr
                                 ? tape->logits.row_block(0, count)
                                 : context.scratch.template take<T>(count, config_.experts);
+  std::atomic<bool> too_many = false;
   table.begin(count);
   stages::project<T>(prepared, tokens.x, logits, context);
   parallel_for(context, count, kTokensPerTask, [&](Index begin, Index end, int worker) {
@@ -145,10 +156,16 @@ void RuleRouter<T, Rule>::forward(const Prepared& prepared, None, const Tokens<T
         chosen[slots] = static_cast<std::int32_t>(e);
         packed[slots++] = gate[e];
       }
-      table.select(t, chosen.first(slots), packed.first(slots));
+      if (static_cast<Index>(slots) > max_per_token()) {
+        too_many = true;
+      } else {
+        table.select(t, chosen.first(slots), packed.first(slots));
+      }
     }
   });
   table.finish();
+  require(!too_many, Errc::limit_exceeded,
+          "RuleRouter: the rule selected more experts than its max_per_token, ", max_per_token());
   if (tape != nullptr) record_gates(table.view(), *tape);
 }
 
@@ -159,9 +176,7 @@ void RuleRouter<T, Rule>::backward(const Params<const T>& params, None, const Ta
                                    MatView<T> dx, const Params<T>& grad, None,
                                    const Context& context) const {
   const Index count = tokens.count();
-  check_backward(shape(), saved, tokens, routing, d_tape, dx);
-  head_.check(params);
-  head_.check_gradient(grad);
+  require_backward(params, saved, tokens, routing, d_tape, dx, grad);
   const Workspace::Frame frame(context.scratch);
   const Scratch scratch = take_scratch(context.scratch, context.workers);
   parallel_for(context, count, kTokensPerTask, [&](Index begin, Index end, int worker) {
