@@ -161,7 +161,7 @@ class FfnBank {
                const mole::Context& context) const {
     check_call(input, routing, y, context);
     const Index slots = routing.slots();
-    if (slots == 0) return;
+    if (slots == 0) return mole::begin_output(input, y);
     mole::Workspace& scratch = context.scratch;
     const mole::Workspace::Frame frame(scratch);
     const Tape rows = first_rows(tape != nullptr ? *tape : take_rows(scratch, slots), slots);
@@ -184,6 +184,7 @@ class FfnBank {
     const MatView<T> by_y = shared.row_block(0, y.rows);
     collect(rows.active, routing, routing.gate, input.y_rows, by_y);
     const std::span<const std::int32_t> used = rows_in_use(routing, input.y_rows, scratch);
+    mole::begin_output(input, y);
     mole::panel_product<T>({MatView<const T>(by_y), used.data()}, static_cast<Index>(used.size()),
                            prepared.down, 0, prepared.down.count(), {y, used.data()}, false,
                            context.isa);
