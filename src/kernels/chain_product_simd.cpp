@@ -139,7 +139,8 @@ void chain_product_avx2(const ChainProduct<double>& p) noexcept {
   N_AVX2::chain_product_double(p);
 }
 bool has_avx2() noexcept {
-  return (hwy::SupportedTargets() & HWY_AVX2) != 0;
+  static const bool has = (hwy::SupportedTargets() & HWY_AVX2) != 0;  // CPUID is slow
+  return has;
 }
 #else
 void chain_product_avx2(const ChainProduct<float>&) noexcept {}
@@ -157,7 +158,8 @@ void chain_product_avx512(const ChainProduct<double>& p) noexcept {
   N_AVX3::chain_product_double(p);
 }
 bool has_avx512() noexcept {
-  return (hwy::SupportedTargets() & HWY_AVX3) != 0;
+  static const bool has = (hwy::SupportedTargets() & HWY_AVX3) != 0;  // CPUID is slow
+  return has;
 }
 #else
 void chain_product_avx512(const ChainProduct<float>&) noexcept {}
