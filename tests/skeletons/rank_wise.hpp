@@ -42,10 +42,7 @@ class ContentRouter {
 
   using Scalar = T;
   template <class V>
-  struct Params {
-    template <class F, class... P>
-    static void visit(F&&, P&...) {}
-  };
+  using Params = mole::NoParams<V>;
   using Prepared = None;
   using Buffers = None;
   template <class V>

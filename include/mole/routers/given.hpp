@@ -31,10 +31,7 @@ class GivenRouter {
 
   using Scalar = T;
   template <class V>
-  struct Params {
-    template <class F, class... P>
-    static void visit(F&&, P&...) {}
-  };
+  using Params = NoParams<V>;
   using Prepared = None;
   using Buffers = None;
   template <class V>

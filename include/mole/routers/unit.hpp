@@ -19,10 +19,7 @@ class UnitRouter {
     Index experts = 1;
   };
   template <class V>
-  struct Params {
-    template <class F, class... P>
-    static void visit(F&&, P&...) {}
-  };
+  using Params = NoParams<V>;
   using Prepared = None;
   using Buffers = None;
   template <class V>

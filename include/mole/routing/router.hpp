@@ -12,6 +12,7 @@
 
 #include <concepts>
 #include <cstdint>
+#include <type_traits>
 
 #include "mole/core/config.hpp"
 #include "mole/core/context.hpp"
@@ -54,6 +55,17 @@ struct RouterTape {
   }
 };
 
+/// The parameters of a router without any.
+template <class V>
+struct NoParams {
+  template <class F, class... P>
+  static void visit(F&&, P&...) {}
+  operator NoParams<const V>() const noexcept  // NOLINT(google-explicit-constructor)
+      requires(!std::is_const_v<V>) {
+    return {};
+  }
+};
+
 // clang-format off
 template <class R>
 concept Router =
@@ -70,6 +82,9 @@ concept Router =
       { R::scope } -> std::convertible_to<Scope>;
       { R::gradient } -> std::convertible_to<GradientKind>;
     } &&
+    std::derived_from<typename R::Tape, RouterTape<typename R::Scalar>> &&
+    std::convertible_to<typename R::template Params<typename R::Scalar>,
+                        typename R::template Params<const typename R::Scalar>> &&
     requires(const R r, const typename R::template Params<const typename R::Scalar> params,
              const typename R::Prepared prepared, const typename R::Buffers buffers,
              const typename R::Tape saved, const Tokens<typename R::Scalar> tokens,
