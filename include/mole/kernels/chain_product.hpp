@@ -111,12 +111,6 @@ void panel_product(RowList<const T> a, Index rows, const Panels<T>& weight, Inde
 
 #ifdef MOLE_HEADER_ONLY
 #include "mole/kernels/chain_product_portable.hpp"
-namespace mole::inline MOLE_ABI {
-template <class T>
-void chain_product(const ChainProduct<T>& product, Isa) noexcept {
-  portable::chain_product(product);
-}
-}  // namespace mole::inline MOLE_ABI
 #else
 namespace mole::inline MOLE_ABI {
 extern template void chain_product(const ChainProduct<float>&, Isa) noexcept;

@@ -78,3 +78,12 @@ template <class T>
 struct Eigen::internal::functor_traits<mole::portable::FusedMultiplyAdd<T>> {
   enum { Cost = 1, PacketAccess = mole::portable::kPacketFma };
 };
+
+#ifdef MOLE_HEADER_ONLY
+namespace mole::inline MOLE_ABI {
+template <class T>
+void chain_product(const ChainProduct<T>& product, Isa) noexcept {
+  portable::chain_product(product);
+}
+}  // namespace mole::inline MOLE_ABI
+#endif
