@@ -1,13 +1,108 @@
 # SPDX-License-Identifier: Apache-2.0
-# MOLE_SOURCES        the compiled library
-# MOLE_HEADERS        public headers
-# MOLE_EIGEN_HEADERS  public headers that include Eigen, or definitions of the header-only build
+# Every file of the library, sorted. A check of the tests compares the lists with the folders.
 include_guard()
 
-file(GLOB_RECURSE MOLE_SOURCES CONFIGURE_DEPENDS RELATIVE "${PROJECT_SOURCE_DIR}"
-     "${PROJECT_SOURCE_DIR}/src/*.cpp")
-file(GLOB_RECURSE MOLE_HEADERS CONFIGURE_DEPENDS RELATIVE "${PROJECT_SOURCE_DIR}"
-     "${PROJECT_SOURCE_DIR}/include/*.hpp" "${PROJECT_SOURCE_DIR}/include/*.h")
-set(MOLE_EIGEN_HEADERS ${MOLE_HEADERS})
-list(FILTER MOLE_EIGEN_HEADERS INCLUDE REGEX "_portable\\.hpp$|mole/eigen\\.hpp$")
-list(FILTER MOLE_HEADERS EXCLUDE REGEX "_portable\\.hpp$|mole/eigen\\.hpp$")
+# The compiled library.
+set(MOLE_SOURCES
+    src/core/parallel.cpp
+    src/experts/lora_bank.cpp
+    src/experts/shared_down_bank.cpp
+    src/experts/shared_up_bank.cpp
+    src/io/file.cpp
+    src/io/json.cpp
+    src/io/pattern.cpp
+    src/io/peft.cpp
+    src/io/peft_bank.cpp
+    src/io/peft_config.cpp
+    src/io/peft_loader.cpp
+    src/io/peft_match.cpp
+    src/io/safetensors.cpp
+    src/io/safetensors_header.cpp
+    src/io/text.cpp
+    src/kernels/chain_product.cpp
+    src/kernels/chain_product_simd.cpp
+    src/kernels/dense.cpp
+    src/kernels/gated_low_rank.cpp
+    src/kernels/math.cpp
+    src/kernels/shared_low_rank.cpp
+    src/losses/balance.cpp
+    src/optim/adamw.cpp
+    src/routers/dense.cpp
+    src/routers/given.cpp
+    src/routers/top_k.cpp
+    src/routers/unit.cpp
+    src/routing/call.cpp
+    src/routing/limit.cpp
+    src/routing/linear.cpp
+    src/routing/override.cpp
+    src/routing/project.cpp
+    src/routing/routing.cpp
+    src/routing/score.cpp
+    src/routing/select.cpp
+    src/routing/weight.cpp
+    src/stats/routing_svg.cpp)
+
+# Public headers.
+set(MOLE_HEADERS
+    include/mole/algebra/merge.hpp
+    include/mole/core/config.hpp
+    include/mole/core/context.hpp
+    include/mole/core/error.hpp
+    include/mole/core/half.hpp
+    include/mole/core/parallel.hpp
+    include/mole/core/parallel_built_in.hpp
+    include/mole/core/params.hpp
+    include/mole/core/random.hpp
+    include/mole/core/view.hpp
+    include/mole/core/workspace.hpp
+    include/mole/experts/expert_bank.hpp
+    include/mole/experts/lora_bank.hpp
+    include/mole/experts/shared_down_bank.hpp
+    include/mole/experts/shared_up_bank.hpp
+    include/mole/io/dtype.hpp
+    include/mole/io/peft.hpp
+    include/mole/io/peft_bank.hpp
+    include/mole/io/safetensors.hpp
+    include/mole/kernels/chain_product.hpp
+    include/mole/kernels/dense.hpp
+    include/mole/kernels/dense_loops.hpp
+    include/mole/kernels/gated.hpp
+    include/mole/kernels/gated_low_rank.hpp
+    include/mole/kernels/gated_low_rank_loops.hpp
+    include/mole/kernels/math.hpp
+    include/mole/kernels/shared_low_rank.hpp
+    include/mole/kernels/shared_low_rank_loops.hpp
+    include/mole/layers/adapted_linear.hpp
+    include/mole/layers/any_layer.hpp
+    include/mole/layers/layer_input.hpp
+    include/mole/layers/lora.hpp
+    include/mole/layers/mixture.hpp
+    include/mole/layers/session.hpp
+    include/mole/losses/balance.hpp
+    include/mole/mole.hpp
+    include/mole/optim/adamw.hpp
+    include/mole/routers/dense.hpp
+    include/mole/routers/given.hpp
+    include/mole/routers/top_k.hpp
+    include/mole/routers/unit.hpp
+    include/mole/routing/call.hpp
+    include/mole/routing/limit.hpp
+    include/mole/routing/linear.hpp
+    include/mole/routing/override.hpp
+    include/mole/routing/project.hpp
+    include/mole/routing/router.hpp
+    include/mole/routing/routing.hpp
+    include/mole/routing/rule_router.hpp
+    include/mole/routing/score.hpp
+    include/mole/routing/select.hpp
+    include/mole/routing/stages.hpp
+    include/mole/routing/tokens.hpp
+    include/mole/routing/weight.hpp
+    include/mole/stats/routing_svg.hpp
+    include/mole/version.hpp)
+
+# Public headers that include Eigen: interoperation, and definitions of the header-only build.
+set(MOLE_EIGEN_HEADERS
+    include/mole/eigen.hpp
+    include/mole/kernels/chain_product_portable.hpp
+    include/mole/kernels/isa_portable.hpp)
