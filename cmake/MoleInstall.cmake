@@ -35,6 +35,20 @@ foreach(component IN ITEMS compiled header_only)
   endif()
 endforeach()
 
+# A shared library has its dependencies inside; the users of a static one link them.
+set(header_only_dependencies Eigen3)
+if(mole_openmp)
+  list(APPEND header_only_dependencies OpenMP)
+endif()
+if(MOLE_COMPILED)
+  get_target_property(type mole TYPE)
+  if(type STREQUAL "STATIC_LIBRARY")
+    set(compiled_dependencies hwy fmt)
+    if(mole_openmp)
+      list(APPEND compiled_dependencies OpenMP)
+    endif()
+  endif()
+endif()
 configure_package_config_file(
   "${PROJECT_SOURCE_DIR}/cmake/mole-config.cmake.in" "${PROJECT_BINARY_DIR}/mole-config.cmake"
   INSTALL_DESTINATION "${package_dir}")

@@ -18,8 +18,12 @@ if(MOLE_COMPILED)
     PUBLIC FILE_SET eigen_headers TYPE HEADERS BASE_DIRS "${PROJECT_SOURCE_DIR}/include"
            FILES ${MOLE_EIGEN_HEADERS})
   target_include_directories(mole PRIVATE "${PROJECT_SOURCE_DIR}/src")
-  set_target_properties(mole PROPERTIES POSITION_INDEPENDENT_CODE ON
-                                        INTERFACE_HEADER_SETS_TO_VERIFY HEADERS)
+  set_target_properties(
+    mole
+    PROPERTIES INTERFACE_HEADER_SETS_TO_VERIFY HEADERS
+               POSITION_INDEPENDENT_CODE ON
+               SOVERSION ${PROJECT_VERSION_MAJOR}.${PROJECT_VERSION_MINOR}
+               VERSION ${PROJECT_VERSION})
   target_link_libraries(mole PRIVATE hwy::hwy fmt::fmt)
   mole_use_headers_of(mole Eigen3::Eigen)
   mole_use_headers_of(mole nlohmann_json::nlohmann_json)
