@@ -28,6 +28,7 @@ class SingleGru {
       Inner::template Params<V>::visit(f, p.all...);
       GruCell<V>::visit(f, p.all.cell...);
     }
+    operator Params<const V>() const noexcept requires(!std::is_const_v<V>) { return {all}; }
   };
   using Prepared = typename Inner::Prepared;
   using Buffers = None;
