@@ -8,6 +8,7 @@ set(MOLE_SOURCES
     src/experts/lora_bank.cpp
     src/experts/shared_down_bank.cpp
     src/experts/shared_up_bank.cpp
+    src/io/description_json.cpp
     src/io/file.cpp
     src/io/json.cpp
     src/io/pattern.cpp
@@ -47,6 +48,8 @@ set(MOLE_HEADERS
     include/mole/algebra/merge.hpp
     include/mole/core/config.hpp
     include/mole/core/context.hpp
+    include/mole/core/describe.hpp
+    include/mole/core/description.hpp
     include/mole/core/error.hpp
     include/mole/core/half.hpp
     include/mole/core/parallel.hpp
@@ -59,6 +62,7 @@ set(MOLE_HEADERS
     include/mole/experts/lora_bank.hpp
     include/mole/experts/shared_down_bank.hpp
     include/mole/experts/shared_up_bank.hpp
+    include/mole/io/description_json.hpp
     include/mole/io/dtype.hpp
     include/mole/io/peft.hpp
     include/mole/io/peft_bank.hpp
@@ -74,6 +78,8 @@ set(MOLE_HEADERS
     include/mole/kernels/shared_low_rank_loops.hpp
     include/mole/layers/adapted_linear.hpp
     include/mole/layers/any_layer.hpp
+    include/mole/layers/description.hpp
+    include/mole/layers/kinds.hpp
     include/mole/layers/layer_input.hpp
     include/mole/layers/lora.hpp
     include/mole/layers/mixture.hpp

@@ -7,6 +7,8 @@
 
 #include "mole/core/config.hpp"
 #include "mole/core/context.hpp"
+#include "mole/core/describe.hpp"
+#include "mole/core/description.hpp"
 #include "mole/core/error.hpp"
 #include "mole/core/half.hpp"
 #include "mole/core/parallel.hpp"
@@ -44,6 +46,8 @@
 
 #include "mole/layers/adapted_linear.hpp"
 #include "mole/layers/any_layer.hpp"
+#include "mole/layers/description.hpp"
+#include "mole/layers/kinds.hpp"
 #include "mole/layers/layer_input.hpp"
 #include "mole/layers/lora.hpp"
 #include "mole/layers/mixture.hpp"

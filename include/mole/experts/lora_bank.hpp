@@ -14,6 +14,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <span>
 #include <string_view>
 #include <type_traits>
@@ -21,6 +22,7 @@
 #include <vector>
 
 #include "mole/core/config.hpp"
+#include "mole/core/description.hpp"
 #include "mole/core/half.hpp"
 #include "mole/core/params.hpp"
 #include "mole/experts/expert_bank.hpp"
@@ -32,6 +34,9 @@ namespace mole::inline MOLE_ABI {
 /// Which loops run in forward; both give the same bits. `automatic` takes the dense loops when
 /// every token uses every expert.
 enum class BankPath { automatic, sparse, dense };
+constexpr std::array<std::string_view, 3> enum_names(BankPath) noexcept {
+  return {"automatic", "sparse", "dense"};
+}
 
 /// Pointers to the matrices of every expert. They may lie anywhere (one block, or one tensor per
 /// adapter); `strides` of 0 mean contiguous matrices.
@@ -89,6 +94,7 @@ template <class T, class W = T>
 class LoraBank {
  public:
   using Scalar = T;
+  using Storage = W;  ///< of the weights
   template <class V>
   using Params = LoraBankParams<V>;
   using Weights = Params<const W>;
@@ -100,6 +106,17 @@ class LoraBank {
     std::vector<T> scale;     ///< [experts], alpha / r, or alpha / sqrt(r) for rsLoRA
     bool bias = false;        ///< experts have a bias (PEFT's lora_bias)
     BankPath path = BankPath::automatic;
+
+    static constexpr std::string_view kind() noexcept { return "lora_bank"; }
+    template <class F, class... C>
+    static void visit(F&& f, C&... c) {
+      f(Field::required("in"), c.in...);
+      f(Field::required("out"), c.out...);
+      f(Field::required("rank"), c.rank...);
+      f(Field::required("scale"), c.scale...);
+      f(Field{"bias"}, c.bias...);
+      f(Field{"path"}, c.path...);
+    }
   };
 
   /// Packed snapshot of the weights, widened to T. Immutable; any number of calls may share it.

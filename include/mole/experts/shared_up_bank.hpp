@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "mole/core/config.hpp"
+#include "mole/core/description.hpp"
 #include "mole/core/params.hpp"
 #include "mole/experts/expert_bank.hpp"
 #include "mole/kernels/chain_product.hpp"
@@ -64,6 +65,15 @@ class SharedUpBank {
     Index out = 0;         ///< output width
     Index rank = 0;        ///< rank of every A and of B, 0 or more
     std::vector<T> scale;  ///< [experts], alpha / rank
+
+    static constexpr std::string_view kind() noexcept { return "shared_up_bank"; }
+    template <class F, class... C>
+    static void visit(F&& f, C&... c) {
+      f(Field::required("in"), c.in...);
+      f(Field::required("out"), c.out...);
+      f(Field::required("rank"), c.rank...);
+      f(Field::required("scale"), c.scale...);
+    }
   };
 
   /// Packed snapshot of the weights. Immutable; any number of calls may share it.

@@ -12,6 +12,7 @@
 
 #include "mole/core/config.hpp"
 #include "mole/core/context.hpp"
+#include "mole/core/description.hpp"
 #include "mole/core/params.hpp"
 #include "mole/kernels/dense.hpp"
 #include "mole/layers/mixture.hpp"
@@ -32,6 +33,12 @@ class AdaptedLinear {
 
   struct Config {
     bool fan_in_fan_out = false;  ///< the base weight is stored [in, out]
+
+    static constexpr std::string_view kind() noexcept { return "adapted_linear"; }
+    template <class F, class... C>
+    static void visit(F&& f, C&... c) {
+      f(Field{"fan_in_fan_out"}, c.fan_in_fan_out...);
+    }
   };
 
   /// As gradients: a member left empty is frozen.
@@ -53,6 +60,13 @@ class AdaptedLinear {
     MatView<const T> weight;
     MatView<const T> bias;
     typename M::Weights mixture;
+
+    template <class F, class... P>
+    static void visit(F&& f, P&... p) {
+      f(Leaf{"weight"}, p.weight...);
+      f(Leaf{"bias"}, p.bias...);
+      M::Weights::visit(f, p.mixture...);
+    }
   };
 
   struct Prepared {
@@ -64,6 +78,7 @@ class AdaptedLinear {
   explicit AdaptedLinear(M mixture, Config config = {})
       : mixture_(std::move(mixture)), config_(config) {}
 
+  const Config& config() const noexcept { return config_; }
   const M& mixture() const noexcept { return mixture_; }
   const auto& router() const noexcept { return mixture_.router(); }
   Index input_width() const noexcept { return mixture_.input_width(); }

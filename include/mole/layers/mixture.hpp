@@ -50,6 +50,14 @@ class Mixture {
   struct Weights {
     typename R::template Params<const T> router;
     typename B::Weights experts;
+
+    /// The names of `Params`.
+    template <class F, class... P>
+    static void visit(F&& f, P&... p) {
+      const Leaf router{"router"}, experts{"experts"};
+      visit_group<typename R::template Params<const T>>(router, f, p.router...);
+      visit_group<typename B::Weights>(experts, f, p.experts...);
+    }
   };
 
   struct Prepared {

@@ -14,6 +14,7 @@
 #include <span>
 
 #include "mole/core/config.hpp"
+#include "mole/core/description.hpp"
 #include "mole/routing/call.hpp"
 #include "mole/routing/router.hpp"
 #include "mole/routing/stages.hpp"
@@ -27,6 +28,15 @@ class DenseRouter {
     Index width = 0, experts = 0;
     T temperature = T(1);
     bool bias = false;  ///< the router has a bias parameter
+
+    static constexpr std::string_view kind() noexcept { return "dense"; }
+    template <class F, class... C>
+    static void visit(F&& f, C&... c) {
+      f(Field::required("width"), c.width...);
+      f(Field::required("experts"), c.experts...);
+      f(Field{"temperature"}, c.temperature...);
+      f(Field{"bias"}, c.bias...);
+    }
   };
 
   using Scalar = T;

@@ -15,6 +15,7 @@
 #include <span>
 
 #include "mole/core/config.hpp"
+#include "mole/core/description.hpp"
 #include "mole/routing/call.hpp"
 #include "mole/routing/override.hpp"
 #include "mole/routing/router.hpp"
@@ -27,6 +28,13 @@ class GivenRouter {
   struct Config {
     Index width = 0;  ///< of the layer; only answered by input_width()
     Index experts = 0;
+
+    static constexpr std::string_view kind() noexcept { return "given"; }
+    template <class F, class... C>
+    static void visit(F&& f, C&... c) {
+      f(Field{"width"}, c.width...);
+      f(Field::required("experts"), c.experts...);
+    }
   };
 
   using Scalar = T;

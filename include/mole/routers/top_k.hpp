@@ -16,12 +16,14 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <limits>
 #include <span>
 
 #include "mole/core/config.hpp"
+#include "mole/core/description.hpp"
 #include "mole/routing/call.hpp"
 #include "mole/routing/router.hpp"
 #include "mole/routing/stages.hpp"
@@ -32,6 +34,9 @@ template <class T>
 class TopKRouter {
  public:
   enum class Order { score_then_topk, topk_then_score };
+  friend constexpr std::array<std::string_view, 2> enum_names(Order) noexcept {
+    return {"score_then_topk", "topk_then_score"};
+  }
 
   struct Config {
     Index width = 0, experts = 0;
@@ -44,6 +49,22 @@ class TopKRouter {
     T scale = T(1);
     bool bias = false;    ///< the router has a bias parameter
     bool probes = false;  ///< experts not selected become probe slots
+
+    static constexpr std::string_view kind() noexcept { return "top_k"; }
+    template <class F, class... C>
+    static void visit(F&& f, C&... c) {
+      f(Field::required("width"), c.width...);
+      f(Field::required("experts"), c.experts...);
+      f(Field::required("k"), c.k...);
+      f(Field{"score"}, c.score...);
+      f(Field{"order"}, c.order...);
+      f(Field{"renormalise"}, c.renormalise...);
+      f(Field{"renorm_epsilon"}, c.renorm_epsilon...);
+      f(Field{"temperature"}, c.temperature...);
+      f(Field{"scale"}, c.scale...);
+      f(Field{"bias"}, c.bias...);
+      f(Field{"probes"}, c.probes...);
+    }
   };
 
   struct Buffers {

@@ -5,6 +5,7 @@
 //   gate(t, e) = 1        no parameters, no gradient
 #pragma once
 
+#include "mole/core/description.hpp"
 #include "mole/routing/call.hpp"
 #include "mole/routing/router.hpp"
 
@@ -17,6 +18,13 @@ class UnitRouter {
   struct Config {
     Index width = 0;  ///< input width; only reported
     Index experts = 1;
+
+    static constexpr std::string_view kind() noexcept { return "unit"; }
+    template <class F, class... C>
+    static void visit(F&& f, C&... c) {
+      f(Field{"width"}, c.width...);
+      f(Field{"experts"}, c.experts...);
+    }
   };
   template <class V>
   using Params = NoParams<V>;
@@ -31,6 +39,7 @@ class UnitRouter {
   /// Throws invalid_argument naming the field.
   explicit UnitRouter(Config config);
 
+  const Config& config() const noexcept { return config_; }
   Index input_width() const noexcept { return config_.width; }
   Index experts() const noexcept { return config_.experts; }
   Index max_per_token() const noexcept { return config_.experts; }

@@ -19,6 +19,7 @@
 #include <span>
 
 #include "mole/core/config.hpp"
+#include "mole/core/description.hpp"
 #include "mole/routing/call.hpp"
 #include "mole/routing/router.hpp"
 #include "mole/routing/stages.hpp"
@@ -39,6 +40,20 @@ class RuleRouter {
     Index width = 0, experts = 0;
     bool bias = false;  ///< the router has a bias parameter
     Rule rule = {};
+
+    /// A rule that has `kind` and `visit`, as a config has them, can be described.
+    static constexpr std::string_view kind() noexcept requires requires { Rule::kind(); }
+    { return Rule::kind(); }
+    template <class F, class... C>
+    static void visit(F&& f, C&... c) requires requires {
+      Rule::kind();
+    }
+    {
+      f(Field::required("width"), c.width...);
+      f(Field::required("experts"), c.experts...);
+      f(Field{"bias"}, c.bias...);
+      Rule::visit(f, c.rule...);
+    }
   };
 
   using Scalar = T;

@@ -7,9 +7,11 @@
 // have it equal shares of 1, and 0 to the others.
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <limits>
 #include <span>
+#include <string_view>
 
 #include "mole/core/config.hpp"
 #include "mole/kernels/math.hpp"
@@ -17,6 +19,9 @@
 namespace mole::inline MOLE_ABI {
 
 enum class Score { softmax, sigmoid, sqrt_softplus };
+constexpr std::array<std::string_view, 3> enum_names(Score) noexcept {
+  return {"softmax", "sigmoid", "sqrt_softplus"};
+}
 
 namespace stages {
 

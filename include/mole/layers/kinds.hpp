@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+// The registry: every router and bank of the library, to be found by the kind in a description. A
+// new one is a line here.
+#pragma once
+
+#include <string>
+#include <string_view>
+#include <type_traits>
+
+#include "mole/core/describe.hpp"
+#include "mole/experts/lora_bank.hpp"
+#include "mole/experts/shared_down_bank.hpp"
+#include "mole/experts/shared_up_bank.hpp"
+#include "mole/routers/dense.hpp"
+#include "mole/routers/given.hpp"
+#include "mole/routers/top_k.hpp"
+#include "mole/routers/unit.hpp"
+
+namespace mole::inline MOLE_ABI {
+
+template <class... X>
+struct TypeList {};
+
+// clang-format off
+template <class T>
+using RouterTypes = TypeList<
+    DenseRouter<T>,
+    GivenRouter<T>,
+    TopKRouter<T>,
+    UnitRouter<T>>;
+
+template <class T>
+using BankTypes = TypeList<
+    LoraBank<T>,
+    SharedDownBank<T>,
+    SharedUpBank<T>>;
+// clang-format on
+
+/// f(std::type_identity<X>()) for the type X of the list that has this kind. Throws unsupported,
+/// naming the kinds of the list, if there is none.
+template <class... X, class F>
+void with_kind(TypeList<X...>, std::string_view kind, F&& f) {
+  const auto try_type = [&]<class One>(std::type_identity<One> type) {
+    if (One::Config::kind() != kind) return false;
+    f(type);
+    return true;
+  };
+  if ((try_type(std::type_identity<X>()) || ...)) return;
+  std::string known;
+  (known.append(known.empty() ? "" : ", ").append(X::Config::kind()), ...);
+  fail(Errc::unsupported, "kind ", detail::shown(kind), " is unknown, expected one of ", known);
+}
+
+}  // namespace mole::inline MOLE_ABI
