@@ -19,6 +19,7 @@ set(MOLE_SOURCES
     src/io/peft_match.cpp
     src/io/safetensors.cpp
     src/io/safetensors_header.cpp
+    src/io/safetensors_writer.cpp
     src/io/text.cpp
     src/kernels/chain_product.cpp
     src/kernels/chain_product_simd.cpp
@@ -67,6 +68,7 @@ set(MOLE_HEADERS
     include/mole/io/peft.hpp
     include/mole/io/peft_bank.hpp
     include/mole/io/safetensors.hpp
+    include/mole/io/safetensors_writer.hpp
     include/mole/kernels/chain_product.hpp
     include/mole/kernels/dense.hpp
     include/mole/kernels/dense_loops.hpp

@@ -2,11 +2,16 @@
 #include "io/file.hpp"
 
 #include <fcntl.h>
+#include <fmt/format.h>
+#include <sys/random.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdlib>
+#include <memory>
 #include <system_error>
+#include <utility>
 
 #include "io/text.hpp"
 #include "mole/core/error.hpp"
@@ -14,6 +19,8 @@
 namespace mole::inline MOLE_ABI {
 namespace io {
 namespace {
+
+constexpr std::size_t kGathered = 1 << 16;
 
 std::string reason(int error) {
   return std::generic_category().message(error);
@@ -26,11 +33,20 @@ const char* kind_name(mode_t mode) {
   return "a device";
 }
 
+void check_path(const std::string& path) {
+  require(path.find('\0') == std::string::npos, Errc::invalid_argument, shown_path(path),
+          ": a path cannot hold a NUL byte");
+}
+
+bool is_link(const std::string& path) {
+  struct stat status {};
+  return ::lstat(path.c_str(), &status) == 0 && S_ISLNK(status.st_mode);
+}
+
 }  // namespace
 
 File::File(const std::string& path) : path_(shown_path(path)) {
-  require(path.find('\0') == std::string::npos, Errc::invalid_argument, path_,
-          ": a path cannot hold a NUL byte");
+  check_path(path);
   struct stat status {};
   // Looked at before it is opened: opening a FIFO would wait, opening a device may act.
   require(::stat(path.c_str(), &status) == 0, Errc::io_error, path_,
@@ -60,6 +76,110 @@ void File::read(std::uint64_t offset, std::span<std::byte> out) const {
     out = out.subspan(static_cast<std::size_t>(count));
     offset += static_cast<std::uint64_t>(count);
   }
+}
+
+NewFile::NewFile(const std::string& path) : NewFile() {
+  check_path(path);
+  shown_ = shown_path(path);
+  small_.reserve(kGathered);
+  open_folder(path);
+  struct stat status {};
+  if (::fstatat(folder_, name_.c_str(), &status, 0) != 0) {
+    if (errno != ENOENT) refuse("stat", errno);
+    create(0666);
+    return;
+  }
+  require(S_ISREG(status.st_mode), Errc::io_error, shown_, ": is ", kind_name(status.st_mode),
+          ", expected a regular file");
+  const bool is_writable =
+      (status.st_mode & 0222) != 0 && ::faccessat(folder_, name_.c_str(), W_OK, AT_EACCESS) == 0;
+  require(is_writable, Errc::io_error, shown_, ": is read-only");
+  create(0600);
+  if (::fchmod(descriptor_, status.st_mode & 0777) != 0) refuse("chmod", errno);
+}
+
+NewFile::~NewFile() {
+  if (!temporary_.empty()) ::unlinkat(folder_, temporary_.c_str(), 0);
+  if (descriptor_ >= 0) ::close(descriptor_);
+  if (folder_ >= 0) ::close(folder_);
+}
+
+void NewFile::refuse(const char* operation, int error) const {
+  fail(Errc::io_error, shown_, ": ", operation, " failed: ", reason(error));
+}
+
+void NewFile::open_folder(const std::string& path) {
+  std::string target = path;
+  if (is_link(path)) {
+    const std::unique_ptr<char, void (*)(void*)> real(::realpath(path.c_str(), nullptr), ::free);
+    if (real == nullptr) refuse("following the symbolic link", errno);
+    target = real.get();
+  }
+  const std::size_t start = target.rfind('/') + 1;
+  name_ = target.substr(start);
+  require(!name_.empty(), Errc::io_error, shown_, ": names no file");
+  const std::string folder = start == 0 ? "." : target.substr(0, start);
+  folder_ = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (folder_ < 0) refuse("opening the folder", errno);
+}
+
+void NewFile::create(int mode) {
+  constexpr int kFlags = O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC;
+  while (descriptor_ < 0) {
+    std::uint64_t number = 0;
+    if (::getrandom(&number, sizeof(number), 0) != sizeof(number)) refuse("getrandom", errno);
+    std::string name = fmt::format(".mole-{:016x}.tmp", number);
+    descriptor_ = ::openat(folder_, name.c_str(), kFlags, mode);
+    if (descriptor_ >= 0) {
+      temporary_ = std::move(name);
+    } else if (errno != EEXIST) {
+      refuse("creating a temporary file beside it", errno);
+    }
+  }
+}
+
+void NewFile::write(std::span<const std::byte> bytes) {
+  if (small_.size() + bytes.size() > kGathered) {
+    write_out(small_);
+    small_.clear();
+  }
+  if (bytes.size() > kGathered) {
+    write_out(bytes);
+  } else {
+    small_.insert(small_.end(), bytes.begin(), bytes.end());
+  }
+}
+
+void NewFile::write_out(std::span<const std::byte> bytes) {
+  while (!bytes.empty()) {
+    const ssize_t count = ::write(descriptor_, bytes.data(), bytes.size());
+    if (count < 0 && errno == EINTR) continue;
+    if (count <= 0) refuse("write", count < 0 ? errno : EIO);
+    bytes = bytes.subspan(static_cast<std::size_t>(count));
+  }
+}
+
+void NewFile::commit() {
+  write_out(small_);
+  small_.clear();
+  if (::fsync(descriptor_) != 0) refuse("fsync", errno);
+  if (::close(std::exchange(descriptor_, -1)) != 0) refuse("close", errno);
+  if (::renameat(folder_, temporary_.c_str(), folder_, name_.c_str()) != 0) {
+    refuse("rename", errno);
+  }
+  temporary_.clear();
+  // EINVAL: a file system that has no such thing.
+  if (::fsync(folder_) != 0 && errno != EINVAL) refuse("fsync of the folder", errno);
+}
+
+void write_atomically(const std::string& path, std::span<const std::byte> bytes) {
+  NewFile file(path);
+  file.write(bytes);
+  file.commit();
+}
+
+void write_atomically(const std::string& path, std::string_view text) {
+  write_atomically(path, std::as_bytes(std::span(text)));
 }
 
 bool exists(const std::string& path) {

@@ -13,10 +13,6 @@ namespace mole::inline MOLE_ABI {
 namespace io {
 namespace {
 
-constexpr std::uint64_t kFormatMaxHeader = 100'000'000;
-constexpr std::size_t kMaxRank = 8;
-constexpr std::uint64_t kMaxDimension = std::uint64_t{1} << 48;
-
 // A file of another kind that carries this name, or nullptr.
 const char* foreign_format(std::string_view start) {
   if (start.starts_with("PK\x03\x04")) return "a zip archive";
@@ -206,20 +202,15 @@ class HeaderHandler final : public nlohmann::json_sax<nlohmann::json> {
   }
 
   std::uint64_t stored_bytes() const {
-    std::uint64_t bits = 1;
-    bool overflow = false;
-    for (const Index dimension : entry_.shape) {
-      overflow |= __builtin_mul_overflow(bits, static_cast<std::uint64_t>(dimension), &bits);
-    }
-    overflow |= __builtin_mul_overflow(bits, std::uint64_t(info(entry_.dtype).bits), &bits);
-    if (overflow) {
+    const std::optional<std::uint64_t> bits = stored_bits(entry_.dtype, entry_.shape);
+    if (!bits) {
       broken("the size of ", in_quotes(entry_.name), ", ", shape_text(entry_.shape), " ",
              mole::name(entry_.dtype), ", overflows");
     }
-    if (bits % 8 != 0) {
-      broken(in_quotes(entry_.name), " has ", bits, " bits, which are not whole bytes");
+    if (*bits % 8 != 0) {
+      broken(in_quotes(entry_.name), " has ", *bits, " bits, which are not whole bytes");
     }
-    return bits / 8;
+    return *bits / 8;
   }
 
   const std::string& file_;
@@ -293,6 +284,16 @@ void check_cover(const std::vector<HeaderEntry>& entries, std::uint64_t header_b
 }
 
 }  // namespace
+
+std::optional<std::uint64_t> stored_bits(Dtype dtype, const std::vector<Index>& shape) noexcept {
+  std::uint64_t bits = 1;
+  bool overflow = false;
+  for (const Index dimension : shape) {
+    overflow |= __builtin_mul_overflow(bits, static_cast<std::uint64_t>(dimension), &bits);
+  }
+  overflow |= __builtin_mul_overflow(bits, std::uint64_t(info(dtype).bits), &bits);
+  return overflow ? std::nullopt : std::optional(bits);
+}
 
 std::uint64_t header_length(std::span<const std::byte> start, std::uint64_t file_bytes,
                             const std::string& file, const SafeTensorsLimits& limits) {

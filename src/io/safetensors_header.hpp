@@ -4,6 +4,8 @@
 
 #include <cstdint>
 #include <map>
+#include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -14,6 +16,12 @@ namespace mole::inline MOLE_ABI {
 namespace io {
 
 inline constexpr std::uint64_t kHeaderStart = 8;
+inline constexpr std::uint64_t kFormatMaxHeader = 100'000'000;
+inline constexpr std::size_t kMaxRank = 8;
+inline constexpr std::uint64_t kMaxDimension = std::uint64_t{1} << 48;
+
+/// Bits of a tensor; nothing if they overflow 64 bits.
+std::optional<std::uint64_t> stored_bits(Dtype dtype, const std::vector<Index>& shape) noexcept;
 
 struct HeaderEntry {
   std::string name;
