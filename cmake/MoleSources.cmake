@@ -11,6 +11,8 @@ set(MOLE_SOURCES
     src/io/description_json.cpp
     src/io/file.cpp
     src/io/json.cpp
+    src/io/mixture_check.cpp
+    src/io/mixture_file.cpp
     src/io/pattern.cpp
     src/io/peft.cpp
     src/io/peft_bank.cpp
@@ -65,6 +67,7 @@ set(MOLE_HEADERS
     include/mole/experts/shared_up_bank.hpp
     include/mole/io/description_json.hpp
     include/mole/io/dtype.hpp
+    include/mole/io/mixture_file.hpp
     include/mole/io/peft.hpp
     include/mole/io/peft_bank.hpp
     include/mole/io/safetensors.hpp
@@ -85,6 +88,7 @@ set(MOLE_HEADERS
     include/mole/layers/layer_input.hpp
     include/mole/layers/lora.hpp
     include/mole/layers/mixture.hpp
+    include/mole/layers/owned_weights.hpp
     include/mole/layers/session.hpp
     include/mole/losses/balance.hpp
     include/mole/mole.hpp

@@ -51,6 +51,7 @@
 #include "mole/layers/layer_input.hpp"
 #include "mole/layers/lora.hpp"
 #include "mole/layers/mixture.hpp"
+#include "mole/layers/owned_weights.hpp"
 #include "mole/layers/session.hpp"
 
 #include "mole/algebra/merge.hpp"

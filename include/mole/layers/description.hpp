@@ -6,7 +6,9 @@
 #pragma once
 
 #include <concepts>
+#include <string>
 #include <string_view>
+#include <utility>
 
 #include "mole/core/describe.hpp"
 #include "mole/layers/adapted_linear.hpp"
@@ -39,13 +41,17 @@ struct DescriptionOf<Mixture<R, B>> {
             .parts = {{"router", mole::describe(layer.router())},
                       {"experts", mole::describe(layer.experts())}}};
   }
-  static Mixture<R, B> build(const Description& description) {
+  /// Throws config_error for another kind, fields, or other parts.
+  static void require_form(const Description& description) {
     detail::require_kind(description, kKind);
     detail::require_known(description, {}, {"router", "experts"});
-    return detail::as_config_error(kKind, [&] {
-      return Mixture<R, B>(detail::part_from_description<R>(description, "router"),
-                           detail::part_from_description<B>(description, "experts"));
-    });
+  }
+  static Mixture<R, B> build(const Description& description) {
+    require_form(description);
+    R router = detail::part_from_description<R>(description, "router");
+    B experts = detail::part_from_description<B>(description, "experts");
+    return detail::as_config_error(
+        kKind, [&] { return Mixture<R, B>(std::move(router), std::move(experts)); });
   }
 };
 
@@ -71,10 +77,14 @@ struct DescriptionOf<AdaptedLinear<M>> {
     description.parts.push_back({"mixture", mole::describe(layer.mixture())});
     return description;
   }
-  static AdaptedLinear<M> build(const Description& description) {
+  /// The config without the parts. Throws config_error, also for other parts.
+  static Config own_config(const Description& description) {
     detail::require_known(description, detail::field_names<Config>(), {"mixture"});
-    const Description own{.kind = description.kind, .fields = description.fields, .parts = {}};
-    const auto config = config_from_description<Config>(own);
+    return config_from_description<Config>(
+        {.kind = description.kind, .fields = description.fields, .parts = {}});
+  }
+  static AdaptedLinear<M> build(const Description& description) {
+    const Config config = own_config(description);
     return AdaptedLinear<M>(detail::part_from_description<M>(description, "mixture"), config);
   }
 };

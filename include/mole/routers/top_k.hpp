@@ -69,6 +69,11 @@ class TopKRouter {
 
   struct Buffers {
     std::span<const T> selection_bias = {};  ///< [experts], or empty; ranks, never weighs
+
+    template <class F, class... B>
+    static void visit(F&& f, B&... b) {
+      f(Leaf{"selection_bias"}, b.selection_bias...);
+    }
   };
 
   using Scalar = T;
@@ -107,6 +112,13 @@ class TopKRouter {
                 const Routing<T>& routing, const Tape& d_tape, None d_carry_out, MatView<T> dx,
                 const Params<T>& grad, None d_carry_in, const Context& context) const;
 
+  /// Throws shape_mismatch unless the buffers fit; `forward` checks it.
+  void require_buffers(const Buffers& buffers) const {
+    require(buffers.selection_bias.empty() ||
+                static_cast<Index>(buffers.selection_bias.size()) == config_.experts,
+            Errc::shape_mismatch, "selection_bias: expected ", config_.experts, " values, got ",
+            buffers.selection_bias.size());
+  }
   /// What `backward` checks before it adds anything. Throws shape_mismatch or invalid_argument.
   void require_backward(const Params<const T>& params, const Tape& saved, const Tokens<T>& tokens,
                         const Routing<T>& routing, const Tape& d_tape, MatView<T> dx,
@@ -256,10 +268,7 @@ void TopKRouter<T>::forward(const Prepared& prepared, const Buffers& buffers,
                             const Context& context) const {
   const Index count = tokens.count();
   check_forward(shape(), tokens, overrides, table, tape);
-  require(buffers.selection_bias.empty() ||
-              static_cast<Index>(buffers.selection_bias.size()) == config_.experts,
-          Errc::shape_mismatch, "selection_bias: expected ", config_.experts, " values, got ",
-          buffers.selection_bias.size());
+  require_buffers(buffers);
   const Workspace::Frame frame(context.scratch);
   const Scratch scratch = take_scratch(context.scratch, context.workers);
   const MatView<T> logits = tape != nullptr
