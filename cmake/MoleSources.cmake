@@ -54,6 +54,7 @@ set(MOLE_HEADERS
     include/mole/core/describe.hpp
     include/mole/core/description.hpp
     include/mole/core/error.hpp
+    include/mole/core/expected.hpp
     include/mole/core/half.hpp
     include/mole/core/parallel.hpp
     include/mole/core/parallel_built_in.hpp

@@ -10,6 +10,7 @@
 #include "mole/core/describe.hpp"
 #include "mole/core/description.hpp"
 #include "mole/core/error.hpp"
+#include "mole/core/expected.hpp"
 #include "mole/core/half.hpp"
 #include "mole/core/parallel.hpp"
 #include "mole/core/params.hpp"

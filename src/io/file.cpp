@@ -3,6 +3,7 @@
 
 #include <fcntl.h>
 #include <fmt/format.h>
+#include <sys/mman.h>
 #include <sys/random.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -22,8 +23,9 @@ namespace {
 
 constexpr std::size_t kGathered = 1 << 16;
 
-std::string reason(int error) {
-  return std::generic_category().message(error);
+[[noreturn]] void refuse(const std::string& path, const char* operation, int error) {
+  fail(error == ENOMEM ? Errc::out_of_memory : Errc::io_error, path, ": ", operation,
+       " failed: ", std::generic_category().message(error));
 }
 
 const char* kind_name(mode_t mode) {
@@ -49,12 +51,11 @@ File::File(const std::string& path) : path_(shown_path(path)) {
   check_path(path);
   struct stat status {};
   // Looked at before it is opened: opening a FIFO would wait, opening a device may act.
-  require(::stat(path.c_str(), &status) == 0, Errc::io_error, path_,
-          ": stat failed: ", reason(errno));
+  if (::stat(path.c_str(), &status) != 0) refuse(path_, "stat", errno);
   require(S_ISREG(status.st_mode), Errc::io_error, path_, ": is ", kind_name(status.st_mode),
           ", expected a regular file");
   descriptor_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-  require(descriptor_ >= 0, Errc::io_error, path_, ": open failed: ", reason(errno));
+  if (descriptor_ < 0) refuse(path_, "open", errno);
   if (::fstat(descriptor_, &status) != 0 || !S_ISREG(status.st_mode)) {
     ::close(descriptor_);
     fail(Errc::io_error, path_, ": changed while it was opened");
@@ -70,12 +71,26 @@ void File::read(std::uint64_t offset, std::span<std::byte> out) const {
   while (!out.empty()) {
     const ssize_t count = ::pread(descriptor_, out.data(), out.size(), static_cast<off_t>(offset));
     if (count < 0 && errno == EINTR) continue;
-    require(count >= 0, Errc::io_error, path_, ": read failed: ", reason(errno));
+    if (count < 0) refuse(path_, "read", errno);
     require(count > 0, Errc::io_error, path_, ": became shorter while it was read, at byte ",
             offset);
     out = out.subspan(static_cast<std::size_t>(count));
     offset += static_cast<std::uint64_t>(count);
   }
+}
+
+std::shared_ptr<const std::byte> File::map() const {
+  const auto length = static_cast<std::size_t>(size_);
+  void* memory = ::mmap(nullptr, length, PROT_READ, MAP_PRIVATE, descriptor_, 0);
+  if (memory == MAP_FAILED) refuse(path_, "mmap", errno);
+  std::shared_ptr<const std::byte> mapped(
+      static_cast<const std::byte*>(memory),
+      [memory, length](const std::byte*) { ::munmap(memory, length); });
+  struct stat status {};
+  const bool is_whole =
+      ::fstat(descriptor_, &status) == 0 && static_cast<std::uint64_t>(status.st_size) >= size_;
+  require(is_whole, Errc::io_error, path_, ": became shorter while it was mapped");
+  return mapped;
 }
 
 NewFile::NewFile(const std::string& path) : NewFile() {
@@ -85,7 +100,7 @@ NewFile::NewFile(const std::string& path) : NewFile() {
   open_folder(path);
   struct stat status {};
   if (::fstatat(folder_, name_.c_str(), &status, 0) != 0) {
-    if (errno != ENOENT) refuse("stat", errno);
+    if (errno != ENOENT) refuse(shown_, "stat", errno);
     create(0666);
     return;
   }
@@ -95,7 +110,7 @@ NewFile::NewFile(const std::string& path) : NewFile() {
       (status.st_mode & 0222) != 0 && ::faccessat(folder_, name_.c_str(), W_OK, AT_EACCESS) == 0;
   require(is_writable, Errc::io_error, shown_, ": is read-only");
   create(0600);
-  if (::fchmod(descriptor_, status.st_mode & 0777) != 0) refuse("chmod", errno);
+  if (::fchmod(descriptor_, status.st_mode & 0777) != 0) refuse(shown_, "chmod", errno);
 }
 
 NewFile::~NewFile() {
@@ -104,15 +119,11 @@ NewFile::~NewFile() {
   if (folder_ >= 0) ::close(folder_);
 }
 
-void NewFile::refuse(const char* operation, int error) const {
-  fail(Errc::io_error, shown_, ": ", operation, " failed: ", reason(error));
-}
-
 void NewFile::open_folder(const std::string& path) {
   std::string target = path;
   if (is_link(path)) {
     const std::unique_ptr<char, void (*)(void*)> real(::realpath(path.c_str(), nullptr), ::free);
-    if (real == nullptr) refuse("following the symbolic link", errno);
+    if (real == nullptr) refuse(shown_, "following the symbolic link", errno);
     target = real.get();
   }
   const std::size_t start = target.rfind('/') + 1;
@@ -120,20 +131,21 @@ void NewFile::open_folder(const std::string& path) {
   require(!name_.empty(), Errc::io_error, shown_, ": names no file");
   const std::string folder = start == 0 ? "." : target.substr(0, start);
   folder_ = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  if (folder_ < 0) refuse("opening the folder", errno);
+  if (folder_ < 0) refuse(shown_, "opening the folder", errno);
 }
 
 void NewFile::create(int mode) {
   constexpr int kFlags = O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC;
   while (descriptor_ < 0) {
     std::uint64_t number = 0;
-    if (::getrandom(&number, sizeof(number), 0) != sizeof(number)) refuse("getrandom", errno);
+    if (::getrandom(&number, sizeof(number), 0) != sizeof(number))
+      refuse(shown_, "getrandom", errno);
     std::string name = fmt::format(".mole-{:016x}.tmp", number);
     descriptor_ = ::openat(folder_, name.c_str(), kFlags, mode);
     if (descriptor_ >= 0) {
       temporary_ = std::move(name);
     } else if (errno != EEXIST) {
-      refuse("creating a temporary file beside it", errno);
+      refuse(shown_, "creating a temporary file beside it", errno);
     }
   }
 }
@@ -154,7 +166,7 @@ void NewFile::write_out(std::span<const std::byte> bytes) {
   while (!bytes.empty()) {
     const ssize_t count = ::write(descriptor_, bytes.data(), bytes.size());
     if (count < 0 && errno == EINTR) continue;
-    if (count <= 0) refuse("write", count < 0 ? errno : EIO);
+    if (count <= 0) refuse(shown_, "write", count < 0 ? errno : EIO);
     bytes = bytes.subspan(static_cast<std::size_t>(count));
   }
 }
@@ -162,14 +174,14 @@ void NewFile::write_out(std::span<const std::byte> bytes) {
 void NewFile::commit() {
   write_out(small_);
   small_.clear();
-  if (::fsync(descriptor_) != 0) refuse("fsync", errno);
-  if (::close(std::exchange(descriptor_, -1)) != 0) refuse("close", errno);
+  if (::fsync(descriptor_) != 0) refuse(shown_, "fsync", errno);
+  if (::close(std::exchange(descriptor_, -1)) != 0) refuse(shown_, "close", errno);
   if (::renameat(folder_, temporary_.c_str(), folder_, name_.c_str()) != 0) {
-    refuse("rename", errno);
+    refuse(shown_, "rename", errno);
   }
   temporary_.clear();
   // EINVAL: a file system that has no such thing.
-  if (::fsync(folder_) != 0 && errno != EINVAL) refuse("fsync of the folder", errno);
+  if (::fsync(folder_) != 0 && errno != EINVAL) refuse(shown_, "fsync of the folder", errno);
 }
 
 void write_atomically(const std::string& path, std::span<const std::byte> bytes) {

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <string>
 #include <string_view>
@@ -27,6 +28,8 @@ class File {
   std::uint64_t size() const noexcept { return size_; }
   /// Fills `out` from `offset`; a file that became shorter meanwhile is an io_error.
   void read(std::uint64_t offset, std::span<std::byte> out) const;
+  /// The whole file, read-only, mapped as long as a copy of the pointer lives. Not for empty files.
+  std::shared_ptr<const std::byte> map() const;
 
  private:
   std::string path_;
@@ -57,7 +60,6 @@ class NewFile {
 
  private:
   NewFile() = default;
-  [[noreturn]] void refuse(const char* operation, int error) const;
   void open_folder(const std::string& path);
   void create(int mode);
   void write_out(std::span<const std::byte> bytes);

@@ -26,15 +26,24 @@ std::shared_ptr<std::byte> allocate(std::uint64_t bytes, const std::string& file
   return {static_cast<std::byte*>(memory), free};
 }
 
-std::vector<StoredTensor> place_tensors(io::Header header, std::span<const std::byte> data) {
-  std::vector<StoredTensor> tensors;
-  tensors.reserve(header.entries.size());
-  for (io::HeaderEntry& entry : header.entries) {
-    const std::size_t length = static_cast<std::size_t>(entry.end - entry.begin);
-    tensors.push_back({std::move(entry.name), entry.dtype, std::move(entry.shape),
-                       data.subspan(static_cast<std::size_t>(entry.begin), length)});
-  }
-  return tensors;
+struct HeaderInFile {
+  io::Header header;
+  std::uint64_t data_begin = 0, data_bytes = 0;
+};
+
+HeaderInFile read_header(const io::File& file, const std::string& name,
+                         const SafeTensorsLimits& limits) {
+  require(file.size() <= limits.max_file_bytes, Errc::limit_exceeded, name, ": ", file.size(),
+          " bytes exceed the limit of ", limits.max_file_bytes, " (option max_file_bytes)");
+  std::byte memory[io::kHeaderStart + 1] = {};
+  const std::span<std::byte> start(memory, std::min<std::uint64_t>(file.size(), sizeof(memory)));
+  file.read(0, start);
+  const std::uint64_t length = io::header_length(start, file.size(), name, limits);
+  std::string text(static_cast<std::size_t>(length), '\0');
+  file.read(io::kHeaderStart, std::as_writable_bytes(std::span<char>(text)));
+  const std::uint64_t data_begin = io::kHeaderStart + length;
+  const std::uint64_t data_bytes = file.size() - data_begin;
+  return {io::parse_header(text, data_bytes, name, limits), data_begin, data_bytes};
 }
 
 // Rows and columns of a vector or matrix.
@@ -81,44 +90,46 @@ void copy_elements(const StoredTensor& tensor, const std::string& file, MatView<
 
 }  // namespace
 
+SafeTensors::SafeTensors(std::string name, io::Header header, std::span<const std::byte> data,
+                         std::shared_ptr<const std::byte> memory)
+    : name_(std::move(name)), metadata_(std::move(header.metadata)), memory_(std::move(memory)) {
+  tensors_.reserve(header.entries.size());
+  for (io::HeaderEntry& entry : header.entries) {
+    const auto length = static_cast<std::size_t>(entry.end - entry.begin);
+    tensors_.push_back({std::move(entry.name), entry.dtype, std::move(entry.shape),
+                        data.subspan(static_cast<std::size_t>(entry.begin), length)});
+  }
+}
+
 SafeTensors SafeTensors::open(const std::string& path, const SafeTensorsLimits& limits) {
-  SafeTensors result;
-  result.name_ = io::shown_path(path);
   const io::File file(path);
-  require(file.size() <= limits.max_file_bytes, Errc::limit_exceeded, result.name_, ": ",
-          file.size(), " bytes exceed the limit of ", limits.max_file_bytes,
-          " (option max_file_bytes)");
-  std::byte start[io::kHeaderStart] = {};
-  if (file.size() >= io::kHeaderStart) file.read(0, start);
-  const std::uint64_t length = io::header_length(start, file.size(), result.name_, limits);
-  std::string text(static_cast<std::size_t>(length), '\0');
-  file.read(io::kHeaderStart, std::as_writable_bytes(std::span<char>(text)));
+  std::string name = io::shown_path(path);
+  auto [header, begin, bytes] = read_header(file, name, limits);
+  std::shared_ptr<std::byte> memory = allocate(bytes, name);
+  const std::span<std::byte> data(memory.get(), static_cast<std::size_t>(bytes));
+  file.read(begin, data);
+  return {std::move(name), std::move(header), data, std::move(memory)};
+}
 
-  const std::uint64_t data_bytes = file.size() - io::kHeaderStart - length;
-  io::Header header = io::parse_header(text, data_bytes, result.name_, limits);
-  const std::shared_ptr<std::byte> memory = allocate(data_bytes, result.name_);
-  const std::span<std::byte> data(memory.get(), static_cast<std::size_t>(data_bytes));
-  file.read(io::kHeaderStart + length, data);
-
-  result.memory_ = memory;
-  result.metadata_ = std::move(header.metadata);
-  result.tensors_ = place_tensors(std::move(header), data);
-  return result;
+SafeTensors SafeTensors::map(const std::string& path, const SafeTensorsLimits& limits) {
+  const io::File file(path);
+  std::string name = io::shown_path(path);
+  auto [header, begin, bytes] = read_header(file, name, limits);
+  std::shared_ptr<const std::byte> memory = file.map();
+  const std::span<const std::byte> data(memory.get() + begin, static_cast<std::size_t>(bytes));
+  return {std::move(name), std::move(header), data, std::move(memory)};
 }
 
 SafeTensors SafeTensors::parse(std::span<const std::byte> bytes, const std::string& name,
                                const SafeTensorsLimits& limits) {
-  SafeTensors result;
-  result.name_ = io::shown_path(name);
-  const std::uint64_t length = io::header_length(bytes, bytes.size(), result.name_, limits);
+  std::string shown = io::shown_path(name);
+  const std::uint64_t length = io::header_length(bytes, bytes.size(), shown, limits);
   const auto header_bytes = bytes.subspan(io::kHeaderStart, static_cast<std::size_t>(length));
   const auto data = bytes.subspan(io::kHeaderStart + static_cast<std::size_t>(length));
   const std::string_view text(reinterpret_cast<const char*>(header_bytes.data()),
                               header_bytes.size());
-  io::Header header = io::parse_header(text, data.size(), result.name_, limits);
-  result.metadata_ = std::move(header.metadata);
-  result.tensors_ = place_tensors(std::move(header), data);
-  return result;
+  io::Header header = io::parse_header(text, data.size(), shown, limits);
+  return {std::move(shown), std::move(header), data, nullptr};
 }
 
 const StoredTensor* SafeTensors::find(std::string_view tensor) const noexcept {

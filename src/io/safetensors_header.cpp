@@ -13,14 +13,29 @@ namespace mole::inline MOLE_ABI {
 namespace io {
 namespace {
 
-// A file of another kind that carries this name, or nullptr.
-const char* foreign_format(std::string_view start) {
-  if (start.starts_with("PK\x03\x04")) return "a zip archive";
-  if (start.starts_with("\x1f\x8b")) return "gzip data";
-  if (start.starts_with("GGUF")) return "a GGUF file";
-  if (start.starts_with("\x80\x02") || start.starts_with("\x80\x04")) return "a pickle";
-  if (start.starts_with("version ")) return "a Git LFS pointer";
-  return nullptr;
+constexpr std::string_view kHeaderFirst = "{ \t\r\n";
+
+// Refuses a file of another kind that carries this name.
+void refuse_foreign(std::string_view start, const std::string& file) {
+  using namespace std::string_view_literals;
+  static constexpr std::pair<std::string_view, const char*> kKinds[] = {
+      {"PK\x03\x04"sv, "a zip archive"},
+      {"\x1f\x8b"sv, "gzip data"},
+      {"GGUF"sv, "a GGUF file"},
+      {"\x80\x02"sv, "a pickle"},
+      {"\x80\x03"sv, "a pickle"},
+      {"\x80\x04"sv, "a pickle"},
+      {"\x80\x05"sv, "a pickle"},
+      {"version "sv, "a Git LFS pointer"},
+      {"\x89HDF"sv, "an HDF5 file"},
+      {"\x93NUMPY"sv, "a NumPy array"},
+      {"{"sv, "JSON text"},
+  };
+  for (const auto& [magic, kind] : kKinds) {
+    if (start.starts_with(magic)) {
+      fail(Errc::format_error, file, ": is ", kind, ", not safetensors");
+    }
+  }
 }
 
 // Receives the header piece by piece. What may come next depends on `place_` alone, so nothing
@@ -299,18 +314,16 @@ std::uint64_t header_length(std::span<const std::byte> start, std::uint64_t file
                             const std::string& file, const SafeTensorsLimits& limits) {
   require(file_bytes >= kHeaderStart, Errc::format_error, file, ": file has ", file_bytes,
           " bytes, needs at least ", kHeaderStart);
-  char characters[kHeaderStart];
   std::uint64_t length = 0;
   for (std::size_t i = 0; i < kHeaderStart; ++i) {
-    characters[i] = static_cast<char>(start[i]);
     length |= std::to_integer<std::uint64_t>(start[i]) << (8 * i);
   }
-  if (length > kFormatMaxHeader) {
-    const char* other = foreign_format({characters, kHeaderStart});
-    if (other != nullptr) fail(Errc::format_error, file, ": is ", other, ", not safetensors");
-    fail(Errc::limit_exceeded, file, ": header length ", length, " exceeds the format's limit of ",
-         kFormatMaxHeader);
-  }
+  const std::string_view characters(reinterpret_cast<const char*>(start.data()), start.size());
+  const std::string_view first = characters.substr(kHeaderStart, 1);
+  const bool has_header = first.empty() || kHeaderFirst.find(first) != std::string_view::npos;
+  if (length > kFormatMaxHeader || !has_header) refuse_foreign(characters, file);
+  require(length <= kFormatMaxHeader, Errc::limit_exceeded, file, ": header length ", length,
+          " exceeds the format's limit of ", kFormatMaxHeader);
   require(length <= file_bytes - kHeaderStart, Errc::format_error, file, ": header length ", length,
           " exceeds the remaining ", file_bytes - kHeaderStart,
           " bytes, header longer than the file");

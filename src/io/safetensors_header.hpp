@@ -35,7 +35,8 @@ struct Header {
   std::map<std::string, std::string> metadata;
 };
 
-/// The header length in the first 8 bytes, checked against the file's size and the limits.
+/// The header length in the first 8 bytes, checked against the file's size and the limits. The byte
+/// after them, if there is one, helps to recognise other formats.
 std::uint64_t header_length(std::span<const std::byte> start, std::uint64_t file_bytes,
                             const std::string& file, const SafeTensorsLimits& limits);
 

@@ -94,6 +94,21 @@ TEST_CASE("safetensors: faults of the length field are named", "[io]") {
       {"zip", "PK\x03\x04 and so on", Errc::format_error, {"zip archive"}},
       {"GGUF", "GGUF\x03 and so on", Errc::format_error, {"GGUF"}},
       {"LFS", "version https://git-lfs", Errc::format_error, {"Git LFS"}},
+      {"JSON", "{\"metadata\": {}}", Errc::format_error, {"JSON text"}},
+      {"HDF5", "\x89HDF\r\n\x1a\n\n", Errc::format_error, {"HDF5"}},
+      {"gzip without a time",
+       std::string("\x1f\x8b\x08\0\0\0\0\0\2\3", 10) + std::string(600000, 'x'),
+       Errc::format_error,
+       {"gzip"}},
+      {"pickle with a short frame",
+       std::string("\x80\x04\x95\x0d\0\0\0\0\0\0\0}", 12),
+       Errc::format_error,
+       {"pickle"}},
+      // 640 = 0x280 looks like a pickle, but what follows is a header.
+      {"cut in the header",
+       length_bytes(640) + "{\"w\"",
+       Errc::format_error,
+       {"640", "remaining 4"}},
   });
 }
 

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "mole/core/config.hpp"
+#include "mole/core/expected.hpp"
 #include "mole/core/view.hpp"
 #include "mole/io/dtype.hpp"
 
@@ -45,17 +46,45 @@ struct StoredTensor {
   }
 };
 
+namespace io {
+struct Header;
+}
+
 /// The tensors of one file. A value: copies share the (immutable) memory.
 class SafeTensors {
  public:
+  SafeTensors() = default;
+
   /// Reads a regular file into memory aligned to 64 bytes.
   /// Throws io_error, format_error, limit_exceeded, unsupported (unknown dtype), out_of_memory.
   static SafeTensors open(const std::string& path, const SafeTensorsLimits& limits = {});
+
+  /// Maps a regular file instead of reading its data: pages come from the disk when they are
+  /// touched, and no memory is allocated for them. Checks and throws as `open`.
+  ///
+  /// Only for files that are replaced whole, by renaming, as `SafeTensorsWriter::save` does: then
+  /// the tensors stay what they were. If the file is overwritten in place, they change; if it is
+  /// cut short, touching what is gone ends the process (SIGBUS).
+  static SafeTensors map(const std::string& path, const SafeTensorsLimits& limits = {});
 
   /// Looks at the caller's bytes, which must outlive the object. `name` stands for the file in
   /// messages. Throws as `open`, except io_error.
   static SafeTensors parse(std::span<const std::byte> bytes, const std::string& name,
                            const SafeTensorsLimits& limits = {});
+
+  /// The same without exceptions.
+  static Expected<SafeTensors> try_open(std::string_view path,
+                                        const SafeTensorsLimits& limits = {}) noexcept {
+    return attempt([&] { return open(std::string(path), limits); });
+  }
+  static Expected<SafeTensors> try_map(std::string_view path,
+                                       const SafeTensorsLimits& limits = {}) noexcept {
+    return attempt([&] { return map(std::string(path), limits); });
+  }
+  static Expected<SafeTensors> try_parse(std::span<const std::byte> bytes, std::string_view name,
+                                         const SafeTensorsLimits& limits = {}) noexcept {
+    return attempt([&] { return parse(bytes, std::string(name), limits); });
+  }
 
   const std::string& name() const noexcept { return name_; }
   /// Sorted by name.
@@ -91,6 +120,8 @@ class SafeTensors {
   std::vector<T> read(std::string_view tensor) const;
 
  private:
+  SafeTensors(std::string name, io::Header header, std::span<const std::byte> data,
+              std::shared_ptr<const std::byte> memory);
   const StoredTensor& viewable(std::string_view tensor, Dtype dtype, std::size_t alignment) const;
 
   std::string name_;

@@ -16,10 +16,12 @@
 #include <map>
 #include <span>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
 #include "mole/core/config.hpp"
+#include "mole/core/expected.hpp"
 #include "mole/core/view.hpp"
 #include "mole/io/dtype.hpp"
 #include "mole/io/safetensors.hpp"
@@ -67,6 +69,11 @@ class SafeTensorsWriter {
   /// Throws io_error (also for a target that is read-only or no regular file), invalid_argument (a
   /// path with a NUL), limit_exceeded as `bytes`.
   void save(const std::string& path) const;
+
+  /// The same without exceptions.
+  Expected<void> try_save(std::string_view path) const noexcept {
+    return attempt([&] { save(std::string(path)); });
+  }
 
  private:
   struct Rows {
