@@ -4,6 +4,7 @@ include_guard()
 
 # The compiled library.
 set(MOLE_SOURCES
+    src/algebra/residual_base.cpp
     src/core/parallel.cpp
     src/experts/lora_bank.cpp
     src/experts/shared_down_bank.cpp
@@ -15,10 +16,16 @@ set(MOLE_SOURCES
     src/io/mixture_file.cpp
     src/io/pattern.cpp
     src/io/peft.cpp
+    src/io/peft_apply.cpp
     src/io/peft_bank.cpp
     src/io/peft_config.cpp
+    src/io/peft_folder.cpp
+    src/io/peft_keys.cpp
     src/io/peft_loader.cpp
     src/io/peft_match.cpp
+    src/io/peft_refused.cpp
+    src/io/peft_report.cpp
+    src/io/peft_tensors.cpp
     src/io/safetensors.cpp
     src/io/safetensors_header.cpp
     src/io/safetensors_writer.cpp
@@ -48,7 +55,9 @@ set(MOLE_SOURCES
 
 # Public headers.
 set(MOLE_HEADERS
+    include/mole/algebra/adapter_scales.hpp
     include/mole/algebra/merge.hpp
+    include/mole/algebra/residual_base.hpp
     include/mole/core/config.hpp
     include/mole/core/context.hpp
     include/mole/core/describe.hpp
@@ -70,6 +79,7 @@ set(MOLE_HEADERS
     include/mole/io/dtype.hpp
     include/mole/io/mixture_file.hpp
     include/mole/io/peft.hpp
+    include/mole/io/peft_apply.hpp
     include/mole/io/peft_bank.hpp
     include/mole/io/safetensors.hpp
     include/mole/io/safetensors_writer.hpp

@@ -55,6 +55,7 @@
 #include "mole/layers/owned_weights.hpp"
 #include "mole/layers/session.hpp"
 
+#include "mole/algebra/adapter_scales.hpp"
 #include "mole/algebra/merge.hpp"
 
 #include "mole/optim/adamw.hpp"

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "mole/io/peft.hpp"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <cmath>
+#include <tuple>
 
 #include "io/convert.hpp"
 #include "io/text.hpp"
@@ -13,11 +12,6 @@ namespace mole::inline MOLE_ABI {
 namespace {
 
 using io::in_quotes;
-
-void add_names(std::string& text, const char* title, const std::vector<std::string>& names) {
-  text += fmt::format("{}: {}\n", title, names.empty() ? "none" : std::to_string(names.size()));
-  for (const std::string& name : names) text += "  " + io::escaped(name) + "\n";
-}
 
 // A finite weight that becomes infinite in T is refused before anything is written.
 template <class T>
@@ -38,29 +32,20 @@ template <class T>
 void read_weights(const SafeTensors& file, const std::string& tensor, MatView<T> out) {
   const StoredTensor& stored = file.at(tensor);
   const std::vector<Index>& shape = stored.shape;
-  require_shape(in_quotes(tensor), out, shape.front(), shape.back());
+  const Index rows = shape.size() < 2 ? 1 : shape.front();
+  const Index cols = stored.elements() / rows;  // no dimension is 0
+  require_shape(in_quotes(tensor), out, rows, cols);
   check_fits<T>(stored, file.name());
-  file.read<T>(tensor, out);
+  io::with_weight_type(stored, file.name(), [&]<class W>(W) {
+    for (Index r = 0; r < rows; ++r) {
+      for (Index c = 0; c < cols; ++c) {
+        out(r, c) = io::convert<T>(io::load<W>(stored.bytes.data(), r * cols + c));
+      }
+    }
+  });
 }
 
 }  // namespace
-
-std::string LoadReport::to_text() const {
-  std::string text =
-      fmt::format("adapter {}\nmodules applied: {}\n", io::shown_path(folder), applied.size());
-  for (const LoraModule& module : applied) {
-    text += fmt::format("  {}: rank {} ({}), alpha {} ({}), scale {}, {} -> {}, {}/{}\n",
-                        io::escaped(module.path), module.rank, module.rank_from, module.alpha,
-                        module.alpha_from, module.scale, module.d_in, module.d_out,
-                        name(module.stored_down), name(module.stored_up));
-  }
-  add_names(text, "unused tensors", unused);
-  add_names(text, "missing modules", missing);
-  add_names(text, "skipped modules", skipped);
-  add_names(text, "unknown settings", unknown_fields);
-  add_names(text, "checks off", checks_off);
-  return text;
-}
 
 const LoraModule* PeftAdapter::find(std::string_view path) const noexcept {
   const auto by_path = [](const LoraModule& module, std::string_view wanted) {
@@ -81,6 +66,18 @@ const LoraModule& PeftAdapter::at(std::string_view path) const {
   return *found;
 }
 
+const Replacement* PeftAdapter::find_replacement(std::string_view path,
+                                                 std::string_view parameter) const noexcept {
+  const auto wanted = std::tie(path, parameter);
+  const auto before = [&wanted](const Replacement& r, const auto&) {
+    return std::tuple<std::string_view, std::string_view>(r.path, r.parameter) < wanted;
+  };
+  const auto place = std::lower_bound(replacements().begin(), replacements().end(), wanted, before);
+  const bool found =
+      place != replacements().end() && place->path == path && place->parameter == parameter;
+  return found ? &*place : nullptr;
+}
+
 template <class T>
 void PeftAdapter::read_down(const LoraModule& module, MatView<T> down) const {
   read_weights(file_, module.down_tensor, down);
@@ -91,9 +88,23 @@ void PeftAdapter::read_up(const LoraModule& module, MatView<T> up) const {
   read_weights(file_, module.up_tensor, up);
 }
 
+template <class T>
+void PeftAdapter::read_bias(const LoraModule& module, MatView<T> bias) const {
+  require(!module.bias_tensor.empty(), Errc::not_found, io::shown_path(report_.folder), ": ",
+          in_quotes(module.path), " has no lora_bias");
+  read_weights(file_, module.bias_tensor, bias);
+}
+
+template <class T>
+void PeftAdapter::read_replacement(const Replacement& replacement, MatView<T> out) const {
+  read_weights(file_, replacement.tensor, out);
+}
+
 #define MOLE_READ_AS(T)                                                         \
   template void PeftAdapter::read_down<T>(const LoraModule&, MatView<T>) const; \
-  template void PeftAdapter::read_up<T>(const LoraModule&, MatView<T>) const;
+  template void PeftAdapter::read_up<T>(const LoraModule&, MatView<T>) const;   \
+  template void PeftAdapter::read_bias<T>(const LoraModule&, MatView<T>) const; \
+  template void PeftAdapter::read_replacement<T>(const Replacement&, MatView<T>) const;
 MOLE_READ_AS(float)
 MOLE_READ_AS(double)
 MOLE_READ_AS(bf16)

@@ -6,6 +6,7 @@
 #include <iterator>
 
 #include "io/json.hpp"
+#include "io/peft_refused.hpp"
 #include "io/text.hpp"
 
 namespace mole::inline MOLE_ABI {
@@ -16,56 +17,26 @@ constexpr std::int64_t kMaxRank = 1'000'000;
 constexpr std::int64_t kDefaultRank = 8;
 constexpr double kDefaultAlpha = 8;
 
-bool is_off(const Json& value) {
-  return value.is_null() || value == false || value == "" ||
-         (value.is_structured() && value.empty());
-}
-bool is_no_bias(const Json& value) {
-  return value.is_null() || value == "none";
-}
+// Values of init_lora_weights after which the adapter belongs to the unchanged base weights.
+constexpr std::string_view kHarmlessStarts[] = {"gaussian", "eva", "orthogonal", "mica"};
+constexpr std::string_view kPissaSteps = "pissa_niter_";
 
-// Initialisations after which the adapter belongs to the unchanged base weights.
-bool keeps_the_base(const Json& value) {
-  static constexpr std::string_view kHarmless[] = {"gaussian", "eva", "orthogonal", "mica"};
-  if (value.is_null() || value.is_boolean()) return true;
-  const auto same = [&value](std::string_view name) { return value == name; };
-  return std::any_of(std::begin(kHarmless), std::end(kHarmless), same);
+std::string lower_case(std::string text) {
+  for (char& c : text) {
+    if (c >= 'A' && c <= 'Z') c = static_cast<char>(c - 'A' + 'a');
+  }
+  return text;
 }
-
-std::string value_text(const Json& value) {
-  return value.is_string() ? in_quotes(value.get<std::string>()) : escaped(value.dump());
-}
-
-// The one list of settings that change the result and that this reader does not follow.
-struct RefusedSetting {
-  const char* field;
-  bool (*is_harmless)(const Json&);
-  const char* meaning;
-};
-constexpr RefusedSetting kRefused[] = {
-    {"use_dora", is_off, "a magnitude per output (DoRA)"},
-    {"lora_bias", is_off, "a bias beside lora_B"},
-    {"bias", is_no_bias, "trained biases of the base model"},
-    {"init_lora_weights", keeps_the_base, "an initialisation that changes the base weights"},
-    {"modules_to_save", is_off, "modules that replace the base model's"},
-    {"trainable_token_indices", is_off, "embedding rows that replace the base model's"},
-    {"layer_replication", is_off, "repeated layers"},
-    {"target_parameters", is_off, "LoRA on a parameter that is no module"},
-    {"use_qalora", is_off, "pooled inputs (QALoRA)"},
-    {"use_bdlora", is_off, "block-diagonal factors"},
-    {"arrow_config", is_off, "Arrow routing"},
-    {"alora_invocation_tokens", is_off, "an adapter that starts at a token (aLoRA)"},
-    {"kasa_config", is_off, "KaSA"},
-    {"monteclora_config", is_off, "MonteCLoRA"},
-    {"velora_config", is_off, "VeLoRA"},
-    {"megatron_config", is_off, "Megatron layers"},
-};
 
 // Settings that are read below, or that say nothing about the result.
 constexpr std::string_view kKnown[] = {"r",
                                        "lora_alpha",
                                        "use_rslora",
                                        "fan_in_fan_out",
+                                       "lora_bias",
+                                       "bias",
+                                       "init_lora_weights",
+                                       "modules_to_save",
                                        "rank_pattern",
                                        "alpha_pattern",
                                        "target_modules",
@@ -94,12 +65,19 @@ class ConfigReader {
   ConfigReader(const Json& root, const std::string& file) : root_(root), file_(file) {}
 
   PeftConfig read(const PeftOptions& options) const {
-    check_type();
-    check_refused();
+    refuse_methods(root_, file_);
     PeftConfig config;
     read_scale(options, config);
     config.use_rslora = boolean("use_rslora");
     config.fan_in_fan_out = boolean("fan_in_fan_out");
+    config.lora_bias = boolean("lora_bias");
+    config.bias = saved_biases();
+    config.base_change = base_change(options);
+    if (const Json* saved = find("modules_to_save")) {
+      config.modules_to_save = list("modules_to_save", *saved);
+    }
+    config.base_model = remark("base_model_name_or_path");
+    config.task_type = remark("task_type");
     config.target_modules = module_names("target_modules");
     config.exclude_modules = module_names("exclude_modules");
     if (config.target_modules.form == ModuleNames::Form::none) {
@@ -128,21 +106,42 @@ class ConfigReader {
     return place == root_.end() || place->is_null() ? nullptr : &*place;
   }
 
-  void check_type() const {
-    const Json* type = find("peft_type");
-    if (type == nullptr) wrong("\"peft_type\" is missing");
-    if (*type == "LORA") return;
-    fail(Errc::unsupported, file_, ": peft_type ", value_text(*type),
-         ", only \"LORA\" can be read");
+  SavedBiases saved_biases() const {
+    const Json* value = find("bias");
+    if (value == nullptr || *value == "none") return SavedBiases::none;
+    if (*value == "all") return SavedBiases::all;
+    if (*value == "lora_only") return SavedBiases::lora_only;
+    wrong("\"bias\" is ", value_text(*value), ", must be \"none\", \"all\" or \"lora_only\"");
   }
 
-  void check_refused() const {
-    for (const RefusedSetting& setting : kRefused) {
-      const Json* value = find(setting.field);
-      if (value == nullptr || setting.is_harmless(*value)) continue;
-      fail(Errc::unsupported, file_, ": \"", setting.field, "\" is ", value_text(*value), ": ",
-           setting.meaning, " cannot be read");
+  BaseChange base_change(const PeftOptions& options) const {
+    const Json* value = find("init_lora_weights");
+    if (value == nullptr || value->is_boolean()) return BaseChange::none;
+    if (!value->is_string()) {
+      wrong("\"init_lora_weights\" is ", json_kind(*value), ", must be true, false or text");
     }
+    const std::string start = lower_case(value->get<std::string>());
+    const auto* harmless = std::find(std::begin(kHarmlessStarts), std::end(kHarmlessStarts), start);
+    if (harmless != std::end(kHarmlessStarts)) return BaseChange::none;
+    const std::string what = "\"init_lora_weights\" is " + value_text(*value);
+    const bool steps = start.starts_with(kPissaSteps) && start.size() > kPissaSteps.size() &&
+                       start.find_first_not_of("0123456789", kPissaSteps.size()) == start.npos;
+    if (!steps && start != "pissa" && start != "olora") {
+      fail(Errc::unsupported, file_, ": ", what,
+           ": an initialisation that changes the base weights cannot be read");
+    }
+    require(options.residual_base, Errc::unsupported, file_, ": ", what,
+            ": the adapter belongs to changed base weights (ok with the option residual_base, ",
+            "if the base is changed by apply_base_changes)");
+    require(!steps || options.exact_svd, Errc::unsupported, file_, ": ", what,
+            ": the randomised decomposition cannot be repeated (ok with the option exact_svd)");
+    return start == "olora" ? BaseChange::olora : BaseChange::pissa;
+  }
+
+  // Text that is kept and never looked at.
+  std::string remark(const char* field) const {
+    const Json* value = find(field);
+    return value != nullptr && value->is_string() ? value->get<std::string>() : std::string();
   }
 
   void read_scale(const PeftOptions& options, PeftConfig& config) const {
@@ -249,10 +248,9 @@ class ConfigReader {
   void collect_unknown(PeftConfig& config) const {
     for (const auto& item : root_.items()) {
       const std::string& field = item.key();
-      const auto refused = [&field](const RefusedSetting& s) { return field == s.field; };
       if (is_off(item.value()) ||
           std::find(std::begin(kKnown), std::end(kKnown), field) != std::end(kKnown) ||
-          std::any_of(std::begin(kRefused), std::end(kRefused), refused)) {
+          is_method_setting(field)) {
         continue;
       }
       if (field.starts_with("use_") || field.ends_with("_config")) {

@@ -3,14 +3,18 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cmath>
+#include <iterator>
 #include <map>
 #include <set>
+#include <tuple>
 
-#include "io/convert.hpp"
 #include "io/file.hpp"
 #include "io/peft_config.hpp"
+#include "io/peft_folder.hpp"
+#include "io/peft_keys.hpp"
 #include "io/peft_match.hpp"
+#include "io/peft_refused.hpp"
+#include "io/peft_tensors.hpp"
 #include "io/text.hpp"
 #include "mole/io/peft.hpp"
 
@@ -19,70 +23,34 @@ namespace {
 
 using io::in_quotes;
 
-constexpr const char* kConfigFile = "adapter_config.json";
-constexpr const char* kWeightsFile = "adapter_model.safetensors";
-constexpr std::string_view kPrefix = "base_model.model.";
-constexpr std::string_view kDownSuffix = ".lora_A.weight";
-constexpr std::string_view kUpSuffix = ".lora_B.weight";
-
-std::string down_name(std::string_view path) {
-  return std::string(kPrefix).append(path).append(kDownSuffix);
-}
-std::string up_name(std::string_view path) {
-  return std::string(kPrefix).append(path).append(kUpSuffix);
-}
-
-struct Values {
-  Index non_finite = 0, first = -1;
-  bool all_zero = true;
-};
-
-Values look_at_values(const StoredTensor& tensor, const std::string& file) {
-  Values values;
-  io::with_weight_type(tensor, file, [&]<class W>(W) {
-    for (Index i = 0; i < tensor.elements(); ++i) {
-      const auto value = io::convert<double>(io::load<W>(tensor.bytes.data(), i));
-      if (value != 0) values.all_zero = false;
-      if (!std::isfinite(value) && values.non_finite++ == 0) values.first = i;
-    }
-  });
-  return values;
-}
-
-// The tensors of one module.
-struct Pair {
-  const StoredTensor* down = nullptr;
-  const StoredTensor* up = nullptr;
-};
-
 class Loader {
  public:
   Loader(const std::string& folder, const std::vector<HostModule>& modules,
          const PeftOptions& options)
-      : folder_(folder), modules_(modules), options_(options) {}
+      : folder_(io::find_adapter(folder, options.adapter_name)),
+        modules_(modules),
+        options_(options) {}
 
   PeftAdapter load() {
     check_arguments();
-    const PeftConfig config = read_config();
-    const io::PeftMatcher matcher(config, config_file_);
+    config_file_ = io::shown_path(folder_ + "/" + io::kConfigFile);
+    config_ = io::parse_peft_config(io::read_config_text(folder_, options_.max_config_bytes),
+                                    config_file_, options_);
+    const io::PeftMatcher matcher(config_, config_file_);
     check_settings(matcher);
-    open_weights();
-    group_tensors();
-    check_found();
-    for (const auto& [path, pair] : pairs_) {
-      if (wanted(path)) {
-        add_module(path, pair, matcher, config);
-      } else {
-        report_.skipped.push_back(path);
-      }
-    }
-    find_missing();
-    check_unused();
+    file_ = io::open_weights(folder_, options_.limits);
+    kind_ = config_.fan_in_fan_out ? ModuleKind::conv1d : ModuleKind::linear;
+    tensors_ = io::sort_peft_tensors(file_, config_, matcher, host_, kind_);
+    check_names();
+    add_modules(matcher);
+    add_replacements();
+    add_leftovers();
+    find_missing(matcher);
     check_effect();
-    note_checks_off(config);
+    note_checks_off();
     report_.folder = folder_;
-    report_.unknown_fields = config.unknown_fields;
-    return PeftAdapter(config, std::move(report_), std::move(file_));
+    report_.unknown_fields = config_.unknown_fields;
+    return PeftAdapter(config_, std::move(report_), std::move(file_));
   }
 
  private:
@@ -95,16 +63,6 @@ class Loader {
       require(is_new, Errc::invalid_argument, "modules: ", in_quotes(module.path), " comes twice");
     }
     only_.insert(options_.only.begin(), options_.only.end());
-  }
-
-  PeftConfig read_config() {
-    require(io::is_folder(folder_), Errc::io_error, io::shown_path(folder_),
-            ": expected an adapter's folder");
-    const std::string path = folder_ + "/" + kConfigFile;
-    config_file_ = io::shown_path(path);
-    require(io::exists(path), Errc::config_error, config_file_, " not found");
-    const std::string text = io::read_text(path, options_.max_config_bytes, "max_config_bytes");
-    return io::parse_peft_config(text, config_file_, options_);
   }
 
   // Settings against the host's modules; a pattern without any module is a slip of the pen.
@@ -120,213 +78,220 @@ class Loader {
             " matches no target module");
   }
 
-  void open_weights() {
-    const std::string path = folder_ + "/" + kWeightsFile;
-    if (!io::exists(path)) {
-      if (io::exists(folder_ + "/adapter_model.bin")) {
-        fail(Errc::unsupported, io::shown_path(folder_),
-             ": adapter_model.bin is a pickle, which can run code; convert it to ", kWeightsFile);
-      }
-      if (io::exists(path + ".index.json")) {
-        fail(Errc::unsupported, io::shown_path(folder_), ": the weights are split over several ",
-             "files (", kWeightsFile, ".index.json)");
-      }
-      fail(Errc::not_found, io::shown_path(folder_), ": no ", in_quotes(kWeightsFile));
-    }
-    file_ = SafeTensors::open(path, options_.limits);
-    require(!file_.tensors().empty(), Errc::config_error, file_.name(),
-            ": the file holds no tensors");
-  }
-
   bool wanted(std::string_view path) const {
     return only_.empty() || only_.find(path) != only_.end();
   }
 
-  // Module names may end like a tensor's name, so names are read from the right.
-  void group_tensors() {
-    for (const StoredTensor& tensor : file_.tensors()) {
-      std::string_view name = tensor.name;
-      if (!name.starts_with(kPrefix)) {
-        if (only_.empty()) unused_.push_back(tensor.name);
-        continue;
-      }
-      has_prefix_ = true;
-      name.remove_prefix(kPrefix.size());
-      if (name.ends_with(kDownSuffix)) {
-        name.remove_suffix(kDownSuffix.size());
-        pairs_[std::string(name)].down = &tensor;
-      } else if (name.ends_with(kUpSuffix)) {
-        name.remove_suffix(kUpSuffix.size());
-        pairs_[std::string(name)].up = &tensor;
-      } else {
-        other_tensor(tensor, name);
-      }
-    }
+  // Whether a tensor's name begins with the path of a wanted module.
+  bool concerns_wanted(std::string_view name) const {
+    if (only_.empty()) return true;
+    return std::any_of(only_.begin(), only_.end(), [name](const std::string& path) {
+      return name.starts_with(io::peft_key(path, "."));
+    });
   }
 
-  void other_tensor(const StoredTensor& tensor, std::string_view name) {
-    const auto belongs = [name](const std::string& path) { return name.starts_with(path + '.'); };
-    if (!only_.empty() && std::none_of(only_.begin(), only_.end(), belongs)) return;
-    const bool embedding =
-        name.ends_with(".lora_embedding_A") || name.ends_with(".lora_embedding_B");
-    require(!embedding, Errc::unsupported, file_.name(), ": ", in_quotes(tensor.name),
-            " is LoRA on an embedding, which cannot be read");
-    unused_.push_back(tensor.name);
+  const HostModule* host_of(std::string_view path) const {
+    const auto place = host_.find(path);
+    return place == host_.end() ? nullptr : place->second;
+  }
+
+  void check_names() const {
+    for (const StoredTensor* tensor : tensors_.refused) {
+      if (!concerns_wanted(tensor->name)) continue;
+      fail(Errc::unsupported, file_.name(), ": ", in_quotes(tensor->name), " is ",
+           io::method_of_tensor(tensor->name), ", which cannot be read");
+    }
+    check_found();
+    for (const std::string& path : only_) check_only(path);
+    for (const auto& [path, tensors] : tensors_.lora) {
+      if (wanted(path)) check_complete(path, tensors);
+    }
   }
 
   void check_found() const {
-    if (pairs_.empty() && !options_.allow_no_effect) {
-      const std::string found =
-          modules_.empty()
-              ? "no LoRA tensors"
-              : fmt::format("0 of {} target modules found in the file", targets_.size());
-      fail(Errc::config_error, file_.name(), ": ", found,
-           has_prefix_ ? "" : ", its keys lack the prefix \"base_model.model.\"");
+    const bool excused = options_.allow_partial && !tensors_.saved.empty();
+    if (!tensors_.lora.empty() || options_.allow_no_effect || excused) return;
+    const std::string found =
+        modules_.empty() ? "no LoRA tensors found"
+                         : fmt::format("0 of {} target modules found in the file", targets_.size());
+    fail(Errc::config_error, file_.name(), ": ", found,
+         tensors_.has_prefix ? std::string()
+                             : fmt::format(", its keys lack the prefix \"{}\"", io::kPeftPrefix));
+  }
+
+  void check_only(const std::string& path) const {
+    const auto is_saved = [&path](const io::SavedTensor& saved) { return saved.path == path; };
+    if (tensors_.lora.contains(path) ||
+        std::any_of(tensors_.saved.begin(), tensors_.saved.end(), is_saved)) {
+      return;
     }
-    for (const std::string& path : only_) {
-      if (pairs_.find(path) != pairs_.end()) continue;
-      std::vector<std::string_view> paths;
-      for (const auto& [known, pair] : pairs_) paths.emplace_back(known);
-      fail(Errc::not_found, file_.name(), ": option only names ", in_quotes(path),
-           ", which the adapter does not touch", io::nearest_text(path, paths));
-    }
-    for (const auto& [path, pair] : pairs_) {
-      if (wanted(path)) check_complete(path, pair);
+    std::vector<std::string_view> paths;
+    for (const auto& [known, tensors] : tensors_.lora) paths.emplace_back(known);
+    fail(Errc::not_found, file_.name(), ": option only names ", in_quotes(path),
+         ", which the adapter does not touch", io::nearest_text(path, paths));
+  }
+
+  void check_complete(const std::string& path, const io::LoraTensors& tensors) const {
+    const std::string down = io::peft_key(path, io::kDownSuffix);
+    const std::string up = io::peft_key(path, io::kUpSuffix);
+    const auto lacks = [this](const std::string& lost, const std::string& there) {
+      fail(Errc::config_error, file_.name(), ": ", in_quotes(lost), " is missing, ",
+           in_quotes(there), " is present");
+    };
+    if (tensors.down == nullptr) lacks(down, tensors.up != nullptr ? up : tensors.bias->name);
+    if (tensors.up == nullptr) lacks(up, down);
+    if (config_.lora_bias && tensors.bias == nullptr)
+      lacks(io::peft_key(path, io::kBiasSuffix), up);
+  }
+
+  void add_modules(const io::PeftMatcher& matcher) {
+    for (const auto& [path, tensors] : tensors_.lora) {
+      if (!wanted(path)) {
+        report_.skipped.push_back(path);
+        continue;
+      }
+      const HostModule* host = host_of(path);
+      const io::PeftMatch match = matcher.match(path, host != nullptr ? host->kind : kind_);
+      if (!modules_.empty() && host == nullptr) {
+        not_applied(tensors,
+                    in_quotes(io::peft_key(path, "")) + " matches no module of the base model");
+      } else if (!match.matched) {
+        not_applied(tensors,
+                    "tensors for " + in_quotes(path) + ", which target_modules does not name");
+      } else {
+        add_module(path, tensors, match, host);
+      }
     }
   }
 
-  void check_complete(const std::string& path, const Pair& pair) const {
-    if (pair.down != nullptr && pair.up != nullptr) return;
-    const bool no_down = pair.down == nullptr;
-    fail(Errc::config_error, file_.name(), ": ",
-         in_quotes(no_down ? down_name(path) : up_name(path)), " is missing, ",
-         in_quotes(no_down ? up_name(path) : down_name(path)), " is present");
+  void not_applied(const io::LoraTensors& tensors, const std::string& why) {
+    require(options_.allow_partial, Errc::config_error, file_.name(), ": ", why);
+    for (const StoredTensor* tensor : {tensors.down, tensors.up, tensors.bias}) {
+      if (tensor != nullptr) report_.unused.push_back(tensor->name);
+    }
   }
 
-  void add_module(const std::string& path, const Pair& pair, const io::PeftMatcher& matcher,
-                  const PeftConfig& config) {
-    const auto place = host_.find(path);
-    const HostModule* host = place == host_.end() ? nullptr : place->second;
-    if (!modules_.empty() && host == nullptr) {
-      return not_applied(
-          pair, in_quotes(std::string(kPrefix) + path) + " matches no module of the base model");
-    }
+  void add_module(const std::string& path, const io::LoraTensors& tensors,
+                  const io::PeftMatch& match, const HostModule* host) {
     LoraModule module;
     module.path = path;
-    module.kind = config.fan_in_fan_out ? ModuleKind::conv1d : ModuleKind::linear;
-    if (host != nullptr) module.kind = host->kind;
-    const io::PeftMatch match = matcher.match(path, module.kind);
-    if (!match.matched) {
-      return not_applied(pair,
-                         "tensors for " + in_quotes(path) + ", which target_modules does not name");
-    }
+    module.kind = host != nullptr ? host->kind : kind_;
     require(module.kind == ModuleKind::linear || module.kind == ModuleKind::conv1d,
             Errc::unsupported, file_.name(), ": ", in_quotes(path), " is no linear layer");
+    has_effect_ = io::check_lora(tensors, match, host, file_.name()) || has_effect_;
     module.rank = match.rank;
     module.alpha = match.alpha;
     module.scale = match.scale;
-    module.rank_from = config.rank_from;
-    if (match.rank_pattern >= 0) {
-      const auto i = static_cast<std::size_t>(match.rank_pattern);
-      module.rank_from = "rank_pattern " + in_quotes(config.rank_pattern[i].first);
+    module.rank_from =
+        source(match.rank_pattern, config_.rank_pattern, "rank_pattern ", config_.rank_from);
+    module.alpha_from =
+        source(match.alpha_pattern, config_.alpha_pattern, "alpha_pattern ", config_.alpha_from);
+    module.d_in = tensors.down->shape[1];
+    module.d_out = tensors.up->shape[0];
+    module.down_tensor = tensors.down->name;
+    module.up_tensor = tensors.up->name;
+    module.stored_down = tensors.down->dtype;
+    module.stored_up = tensors.up->dtype;
+    if (tensors.bias != nullptr) {
+      module.bias_tensor = tensors.bias->name;
+      module.stored_bias = tensors.bias->dtype;
     }
-    module.alpha_from = config.alpha_from;
-    if (match.alpha_pattern >= 0) {
-      const auto i = static_cast<std::size_t>(match.alpha_pattern);
-      module.alpha_from = "alpha_pattern " + in_quotes(config.alpha_pattern[i].first);
-    }
-    take_tensors(pair, match, host, module);
+    module.base_change = config_.base_change;
     report_.applied.push_back(std::move(module));
   }
 
-  void not_applied(const Pair& pair, const std::string& why) {
-    require(options_.allow_partial, Errc::config_error, file_.name(), ": ", why);
-    unused_.push_back(pair.down->name);
-    unused_.push_back(pair.up->name);
+  template <class Patterns>
+  static std::string source(int pattern, const Patterns& patterns, const char* setting,
+                            const std::string& otherwise) {
+    if (pattern < 0) return otherwise;
+    return setting + in_quotes(patterns[static_cast<std::size_t>(pattern)].first);
   }
 
-  void take_tensors(const Pair& pair, const io::PeftMatch& match, const HostModule* host,
-                    LoraModule& module) {
-    check_matrix(*pair.down);
-    check_matrix(*pair.up);
-    check_shapes(pair, match, host);
-    check_values(*pair.down);
-    const Values up = check_values(*pair.up);
-    has_effect_ = has_effect_ || !up.all_zero;
-    module.down_tensor = pair.down->name;
-    module.up_tensor = pair.up->name;
-    module.stored_down = pair.down->dtype;
-    module.stored_up = pair.up->dtype;
-    module.d_in = pair.down->shape[1];
-    module.d_out = pair.up->shape[0];
+  void add_replacements() {
+    for (const io::SavedTensor& saved : tensors_.saved) {
+      if (!wanted(saved.path)) {
+        if (!tensors_.lora.contains(saved.path)) report_.skipped.push_back(saved.path);
+        continue;
+      }
+      const HostModule* host = host_of(saved.path);
+      if (!modules_.empty() && host == nullptr) {
+        require(options_.allow_partial, Errc::config_error, file_.name(), ": ",
+                in_quotes(saved.tensor->name), " matches no module of the base model");
+        report_.unused.push_back(saved.tensor->name);
+        continue;
+      }
+      io::check_saved(saved, host, file_.name());
+      report_.replaced.push_back({saved.path, saved.parameter, saved.tensor->name,
+                                  saved.tensor->dtype, saved.tensor->shape, saved.from});
+      // The saved weight is what the adapter was trained on: nothing is left to subtract.
+      if (saved.parameter == "weight") keep_base(saved.path);
+    }
+    const auto place = [](const Replacement& r) { return std::tie(r.path, r.parameter); };
+    std::sort(report_.replaced.begin(), report_.replaced.end(),
+              [&](const Replacement& a, const Replacement& b) { return place(a) < place(b); });
+    std::sort(report_.skipped.begin(), report_.skipped.end());
+    const auto end = std::unique(report_.skipped.begin(), report_.skipped.end());
+    report_.skipped.erase(end, report_.skipped.end());
+    has_effect_ = has_effect_ || !report_.replaced.empty();
   }
 
-  void check_matrix(const StoredTensor& tensor) const {
-    require(is_weight(tensor.dtype), Errc::unsupported, file_.name(), ": ", in_quotes(tensor.name),
-            " has the dtype \"", name(tensor.dtype), "\", weights must be F64, F32, F16 or BF16");
-    require(tensor.shape.size() == 2, Errc::shape_mismatch, file_.name(), ": ",
-            in_quotes(tensor.name), " has ", tensor.shape.size(), " dimensions, expected 2");
-    require(tensor.elements() > 0, Errc::shape_mismatch, file_.name(), ": ", in_quotes(tensor.name),
-            " is ", io::shape_text(tensor.shape), ", an empty matrix");
+  void keep_base(std::string_view path) {
+    for (LoraModule& module : report_.applied) {
+      if (module.path == path) module.base_change = BaseChange::none;
+    }
   }
 
-  void check_shapes(const Pair& pair, const io::PeftMatch& match, const HostModule* host) const {
-    const std::vector<Index>& down = pair.down->shape;
-    const std::vector<Index>& up = pair.up->shape;
-    const std::string start = file_.name() + ": ";
-    const bool turned = down[0] != match.rank && down[1] == match.rank &&
-                        (host == nullptr || down[0] == host->d_in);
-    require(!turned, Errc::shape_mismatch, start, in_quotes(pair.down->name), " is ",
-            io::shape_text(down), ", expected [", down[1], ", ", down[0], "]: transposed?");
-    require(down[0] == match.rank, Errc::shape_mismatch, start, in_quotes(pair.down->name),
-            " has rank ", down[0], ", ", match.rank_pattern < 0 ? "the config" : "rank_pattern",
-            " says ", match.rank);
-    require(up[1] == match.rank, Errc::shape_mismatch, start, in_quotes(pair.up->name),
-            " has rank ", up[1], ", its lora_A has rank ", down[0]);
-    if (host == nullptr) return;
-    require(down[1] == host->d_in, Errc::shape_mismatch, start, in_quotes(pair.down->name),
-            " has width ", down[1], ", the base layer has d_in ", host->d_in);
-    require(up[0] == host->d_out, Errc::shape_mismatch, start, in_quotes(pair.up->name),
-            " has height ", up[0], ", the base layer has d_out ", host->d_out);
+  void add_leftovers() {
+    for (const StoredTensor* tensor : tensors_.redundant) {
+      if (concerns_wanted(tensor->name)) report_.redundant.push_back(tensor->name);
+    }
+    std::vector<std::string> unused;
+    for (const StoredTensor* tensor : tensors_.unused) {
+      if (concerns_wanted(tensor->name)) unused.push_back(tensor->name);
+    }
+    require(unused.empty() || options_.allow_partial, Errc::config_error, file_.name(),
+            ": unused tensor ", unused.empty() ? std::string() : in_quotes(unused.front()), " (",
+            unused.size(), " in all)");
+    report_.unused.insert(report_.unused.end(), unused.begin(), unused.end());
   }
 
-  Values check_values(const StoredTensor& tensor) const {
-    const Values values = look_at_values(tensor, file_.name());
-    require(values.non_finite == 0, Errc::numeric_error, file_.name(), ": ", in_quotes(tensor.name),
-            " holds ", values.non_finite, " non-finite values, first at index ", values.first);
-    return values;
-  }
-
-  void find_missing() {
+  void find_missing(const io::PeftMatcher& matcher) {
     for (const HostModule* target : targets_) {
-      if (!wanted(target->path) || pairs_.find(target->path) != pairs_.end()) continue;
-      require(options_.allow_partial, Errc::config_error, file_.name(), ": target module ",
-              in_quotes(target->path), " has no tensors in the file");
-      report_.missing.push_back(target->path);
+      if (wanted(target->path) && !tensors_.lora.contains(target->path)) {
+        missing(target->path, "target module ");
+      }
+    }
+    for (const HostModule& module : modules_) {
+      if (module.kind == ModuleKind::other || !wanted(module.path)) continue;
+      const auto is_weight_of = [&module](const Replacement& r) {
+        return r.path == module.path && r.parameter == "weight";
+      };
+      if (matcher.saved_by(module.path) >= 0 &&
+          std::none_of(report_.replaced.begin(), report_.replaced.end(), is_weight_of)) {
+        missing(module.path, "module to save ");
+      }
     }
   }
 
-  void check_unused() {
-    if (!unused_.empty() && !options_.allow_partial) {
-      fail(Errc::config_error, file_.name(), ": unused tensor ", in_quotes(unused_.front()), " (",
-           unused_.size(), " in all)");
-    }
-    report_.unused = std::move(unused_);
+  void missing(const std::string& path, const char* what) {
+    require(options_.allow_partial, Errc::config_error, file_.name(), ": ", what, in_quotes(path),
+            " has no tensors in the file");
+    report_.missing.push_back(path);
   }
 
   void check_effect() const {
     if (options_.allow_no_effect) return;
-    require(!report_.applied.empty(), Errc::config_error, file_.name(),
+    require(!report_.applied.empty() || !report_.replaced.empty(), Errc::config_error, file_.name(),
             ": no module was applied (ok with the option allow_no_effect)");
-    require(has_effect_, Errc::config_error, file_.name(),
-            ": every lora_B is zero, the adapter has ",
+    require(has_effect_ || config_.base_change != BaseChange::none, Errc::config_error,
+            file_.name(), ": every lora_B is zero, the adapter has ",
             "no effect (ok with the option allow_no_effect)");
   }
 
-  void note_checks_off(const PeftConfig& config) {
+  void note_checks_off() {
     std::vector<std::string>& off = report_.checks_off;
     if (modules_.empty()) {
-      const char* kind = config.fan_in_fan_out ? "conv1d" : "linear";
+      const char* kind = config_.fan_in_fan_out ? "conv1d" : "linear";
       off.push_back("no host modules given: d_in and d_out come from the file");
       off.push_back(fmt::format("no host modules given: every module is taken as {}", kind));
       off.emplace_back("no host modules given: target modules without tensors are not noticed");
@@ -339,19 +304,22 @@ class Loader {
     if (options_.allow_no_effect) {
       off.emplace_back("option allow_no_effect: an adapter that changes nothing is accepted");
     }
+    if (options_.residual_base && config_.base_change != BaseChange::none) {
+      off.emplace_back("option residual_base: the caller changes the base weights");
+    }
   }
 
-  const std::string& folder_;
+  std::string folder_;
   const std::vector<HostModule>& modules_;
   const PeftOptions& options_;
   std::string config_file_;
+  PeftConfig config_;
+  ModuleKind kind_ = ModuleKind::linear;
   SafeTensors file_;
   std::map<std::string_view, const HostModule*> host_;
   std::set<std::string, std::less<>> only_;
   std::vector<const HostModule*> targets_;
-  std::map<std::string, Pair, std::less<>> pairs_;
-  std::vector<std::string> unused_;
-  bool has_prefix_ = false;
+  io::PeftTensors tensors_;
   bool has_effect_ = false;
   LoadReport report_;
 };

@@ -91,7 +91,11 @@ bool PeftMatcher::excluded(std::string_view path) const {
       is_listed(path, config_.exclude_modules.names)) {
     return true;
   }
-  return first_match(saved_, path) >= 0;
+  return saved_by(path) >= 0;
+}
+
+int PeftMatcher::saved_by(std::string_view path) const {
+  return first_match(saved_, path);
 }
 
 bool PeftMatcher::targeted(std::string_view path, ModuleKind kind) const {
@@ -116,7 +120,7 @@ bool PeftMatcher::layer_wanted(std::string_view path) const {
 
 PeftMatch PeftMatcher::match(std::string_view path, ModuleKind kind) const {
   PeftMatch match;
-  if (excluded(path) || !targeted(path, kind)) return match;
+  if (!matches(path, kind)) return match;
   match.matched = true;
   match.rank_pattern = first_match(ranks_, path);
   match.alpha_pattern = first_match(alphas_, path);

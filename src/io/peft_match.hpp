@@ -43,6 +43,14 @@ class PeftMatcher {
   /// Throws config_error if the scale does not fit a float.
   PeftMatch match(std::string_view path, ModuleKind kind) const;
 
+  /// Whether target_modules and exclude_modules take the module; no rank or scale is looked up.
+  bool matches(std::string_view path, ModuleKind kind) const {
+    return !excluded(path) && targeted(path, kind);
+  }
+
+  /// The first entry of modules_to_save that covers the module; -1: none.
+  int saved_by(std::string_view path) const;
+
   /// Which rank or alpha pattern matches none of the paths; empty if every one does.
   std::string useless_pattern(const std::vector<HostModule>& modules) const;
 

@@ -60,7 +60,8 @@ struct Tensor {
 struct CaseFile {
   explicit CaseFile(const std::filesystem::path& path);
 
-  std::string name;  ///< file name without extension
+  std::filesystem::path folder;  ///< where the file lies
+  std::string name;              ///< file name without extension
   std::string kind;
   nlohmann::json config;
   std::optional<Tolerance> f64, f32;
@@ -73,6 +74,7 @@ class Record {
   Record(const CaseFile& file, Tolerance tolerance) : file_(file), tolerance_(tolerance) {}
 
   const std::string& name() const { return file_.name; }
+  const std::filesystem::path& folder() const { return file_.folder; }
   const nlohmann::json& config() const { return file_.config; }
   template <class V>
   V config(const std::string& key) const {
@@ -197,10 +199,20 @@ using RunDouble = void (*)(Case<double>&);
 /// Makes a kind known; false if it already is.
 bool add_kind(std::string kind, RunFloat in_float, RunDouble in_double);
 
+/// Its cases are skipped in this build.
+bool skip_kind(std::string kind);
+
 }  // namespace golden
 
 #define GOLDEN_JOIN_(a, b) a##b
 #define GOLDEN_NAME_(line) GOLDEN_JOIN_(golden_kind_, line)
+/// A kind that needs more than the headers; the build without the compiled library skips it.
+#ifdef MOLE_HEADER_ONLY
+#define GOLDEN_COMPILED_KIND(kind, run) \
+  [[maybe_unused]] static const bool GOLDEN_NAME_(__LINE__) = golden::skip_kind(kind)
+#else
+#define GOLDEN_COMPILED_KIND(kind, run) GOLDEN_KIND(kind, run)
+#endif
 /// Registers `run`, a function template or generic lambda on Case<T>&. Once per kind, at namespace
 /// scope.
 #define GOLDEN_KIND(kind, run)                                                  \

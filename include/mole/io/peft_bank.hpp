@@ -18,9 +18,12 @@ namespace mole::inline MOLE_ABI {
 template <class T>
 class AdapterBank {
  public:
-  /// Copies A and B of every adapter, converted to T. An adapter that does not touch the module
-  /// keeps its place as an expert of rank 0. Throws not_found if no adapter has the module,
-  /// shape_mismatch if they disagree about its widths, and what PeftAdapter::read_down throws.
+  /// Copies A, B and lora_bias of every adapter, converted to T; with any lora_bias, experts
+  /// without one have zeros. An adapter that does not touch the module keeps its place as an expert
+  /// of rank 0. All experts share one base layer, so an adapter that changes it
+  /// (apply_base_changes) can only be alone. Throws not_found if no adapter has the module,
+  /// shape_mismatch if they disagree about its widths, unsupported for adapters with different base
+  /// layers, and what PeftAdapter::read_down throws.
   AdapterBank(std::span<const PeftAdapter> adapters, std::string_view module);
 
   const LoraBank<T>& bank() const noexcept { return bank_; }
