@@ -14,6 +14,7 @@ set(MOLE_SOURCES
     src/io/json.cpp
     src/io/mixture_check.cpp
     src/io/mixture_file.cpp
+    src/io/new_folder.cpp
     src/io/pattern.cpp
     src/io/peft.cpp
     src/io/peft_apply.cpp
@@ -25,7 +26,9 @@ set(MOLE_SOURCES
     src/io/peft_match.cpp
     src/io/peft_refused.cpp
     src/io/peft_report.cpp
+    src/io/peft_settings.cpp
     src/io/peft_tensors.cpp
+    src/io/peft_writer.cpp
     src/io/safetensors.cpp
     src/io/safetensors_header.cpp
     src/io/safetensors_writer.cpp
@@ -81,6 +84,7 @@ set(MOLE_HEADERS
     include/mole/io/peft.hpp
     include/mole/io/peft_apply.hpp
     include/mole/io/peft_bank.hpp
+    include/mole/io/peft_writer.hpp
     include/mole/io/safetensors.hpp
     include/mole/io/safetensors_writer.hpp
     include/mole/kernels/chain_product.hpp

@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+// A folder that takes its place all at once.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "mole/core/config.hpp"
+
+namespace mole::inline MOLE_ABI {
+namespace io {
+
+/// Files are written into `path()`, a new folder beside the target; `commit` renames it. Without a
+/// commit the new folder goes away and nothing has changed. Folders above the target are made.
+/// Throws io_error with path, operation and the system's reason; state_error for a target that is
+/// not empty, unless `overwrite`; invalid_argument for a path with a NUL.
+class NewFolder {
+ public:
+  NewFolder(const std::string& target, bool overwrite);
+  ~NewFolder();
+  NewFolder(const NewFolder&) = delete;
+  NewFolder& operator=(const NewFolder&) = delete;
+
+  const std::string& path() const noexcept { return temporary_; }
+
+  /// Once, at the end. Of a folder that is replaced, the named files go, everything else moves
+  /// along. If that fails, the new folder is in place and the message says where the rest is.
+  void commit(const std::vector<std::string>& replaced);
+
+ private:
+  void make();
+  void exchange();
+  void move_along(const std::vector<std::string>& replaced) const;
+
+  std::string target_, temporary_;
+  bool replaces_ = false;
+  bool committed_ = false;
+};
+
+}  // namespace io
+}  // namespace mole::inline MOLE_ABI
