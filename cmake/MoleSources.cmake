@@ -40,12 +40,36 @@ set(MOLE_SOURCES
     src/kernels/math.cpp
     src/kernels/shared_low_rank.cpp
     src/losses/balance.cpp
+    src/losses/choice_balance.cpp
+    src/losses/device_balance.cpp
+    src/losses/entropy.cpp
+    src/losses/importance.cpp
+    src/losses/noisy_load.cpp
+    src/losses/shifted_balance.cpp
+    src/losses/soft_balance.cpp
+    src/losses/sparsity.cpp
+    src/losses/supervised.cpp
+    src/losses/z_loss.cpp
     src/optim/adamw.cpp
+    src/routers/deepseek.cpp
     src/routers/dense.cpp
+    src/routers/expert_choice.cpp
     src/routers/given.cpp
+    src/routers/gshard.cpp
+    src/routers/hard_top_k.cpp
+    src/routers/hash.cpp
+    src/routers/noisy_top_k.cpp
+    src/routers/sigmoid.cpp
+    src/routers/sinkhorn.cpp
+    src/routers/switch.cpp
+    src/routers/threshold.cpp
     src/routers/top_k.cpp
+    src/routers/top_k_capacity.cpp
+    src/routers/top_p.cpp
+    src/routers/tsallis.cpp
     src/routers/unit.cpp
     src/routing/call.cpp
+    src/routing/entropy.cpp
     src/routing/limit.cpp
     src/routing/linear.cpp
     src/routing/override.cpp
@@ -106,13 +130,42 @@ set(MOLE_HEADERS
     include/mole/layers/owned_weights.hpp
     include/mole/layers/session.hpp
     include/mole/losses/balance.hpp
+    include/mole/losses/choice_balance.hpp
+    include/mole/losses/device_balance.hpp
+    include/mole/losses/entropy.hpp
+    include/mole/losses/importance.hpp
+    include/mole/losses/noisy_load.hpp
+    include/mole/losses/shifted_balance.hpp
+    include/mole/losses/soft_balance.hpp
+    include/mole/losses/sparsity.hpp
+    include/mole/losses/supervised.hpp
+    include/mole/losses/token_mask.hpp
+    include/mole/losses/z_loss.hpp
     include/mole/mole.hpp
     include/mole/optim/adamw.hpp
+    include/mole/routers/deepseek.hpp
     include/mole/routers/dense.hpp
+    include/mole/routers/expert_choice.hpp
     include/mole/routers/given.hpp
+    include/mole/routers/gshard.hpp
+    include/mole/routers/hard_top_k.hpp
+    include/mole/routers/hash.hpp
+    include/mole/routers/noisy_top_k.hpp
+    include/mole/routers/sigmoid.hpp
+    include/mole/routers/sinkhorn.hpp
+    include/mole/routers/switch.hpp
+    include/mole/routers/threshold.hpp
     include/mole/routers/top_k.hpp
+    include/mole/routers/top_k_capacity.hpp
+    include/mole/routers/top_p.hpp
+    include/mole/routers/tsallis.hpp
     include/mole/routers/unit.hpp
+    include/mole/routing/balance_bias.hpp
     include/mole/routing/call.hpp
+    include/mole/routing/capacity.hpp
+    include/mole/routing/entropy.hpp
+    include/mole/routing/head.hpp
+    include/mole/routing/head_router.hpp
     include/mole/routing/limit.hpp
     include/mole/routing/linear.hpp
     include/mole/routing/override.hpp

@@ -22,6 +22,7 @@ template <class R>
 struct RouterUse {
   typename R::Buffers buffers = {};
   bool given_gates = false;  ///< forward reads Overrides::gates, and has no logits
+  bool by_score = true;      ///< logits decide who is chosen, not ids
 };
 
 /// The inputs of one call.

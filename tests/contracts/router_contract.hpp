@@ -187,7 +187,7 @@ std::string instruction_sets_change_nothing(const RouterCase<R>& use) {
 /// With parameters of 0 all experts are equal: the lowest ones are chosen.
 template <class R>
 std::string ties_go_to_the_lower_expert(RouterCase<R> use) {
-  if (use.use.given_gates) return "";
+  if (use.use.given_gates || !use.use.by_score) return "";
   use.fill_params([] { return typename R::Scalar(0); });
   const auto decision = decide(use, use.problem(kTokens));
   for (Index t = 0; t < kTokens; ++t) {
@@ -268,7 +268,9 @@ std::string non_finite_logits_follow_the_policy(const RouterCase<R>& use) {
       for (Index e = 0; e < experts; ++e) problem.logit_bias(row, e) = all || e == 1 ? value : T(0);
       const auto decision = decide(use, problem);
       if (value == kInfinity) {
-        if (decision.active(row).empty()) return "no expert in a row with +inf";
+        // Where others compete, or the id decides, +inf may lose.
+        const bool wins = R::scope == mole::Scope::token && use.use.by_score;
+        if (wins && decision.active(row).empty()) return "no expert in a row with +inf";
         for (const T gate : decision.gates[row]) {
           if (!std::isfinite(gate)) return "+inf gives a gate that is not finite";
         }

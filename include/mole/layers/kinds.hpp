@@ -11,9 +11,22 @@
 #include "mole/experts/lora_bank.hpp"
 #include "mole/experts/shared_down_bank.hpp"
 #include "mole/experts/shared_up_bank.hpp"
+#include "mole/routers/deepseek.hpp"
 #include "mole/routers/dense.hpp"
+#include "mole/routers/expert_choice.hpp"
 #include "mole/routers/given.hpp"
+#include "mole/routers/gshard.hpp"
+#include "mole/routers/hard_top_k.hpp"
+#include "mole/routers/hash.hpp"
+#include "mole/routers/noisy_top_k.hpp"
+#include "mole/routers/sigmoid.hpp"
+#include "mole/routers/sinkhorn.hpp"
+#include "mole/routers/switch.hpp"
+#include "mole/routers/threshold.hpp"
 #include "mole/routers/top_k.hpp"
+#include "mole/routers/top_k_capacity.hpp"
+#include "mole/routers/top_p.hpp"
+#include "mole/routers/tsallis.hpp"
 #include "mole/routers/unit.hpp"
 
 namespace mole::inline MOLE_ABI {
@@ -24,9 +37,27 @@ struct TypeList {};
 // clang-format off
 template <class T>
 using RouterTypes = TypeList<
+    DeepSeekRouter<T>,
     DenseRouter<T>,
+    ExpertChoiceRouter<T>,
+    GShardRouter<T>,
     GivenRouter<T>,
+    HardTopKRouter<T>,
+    HashRouter<T>,
+    LearnedThresholdRouter<T>,
+    NoisyTopKRouter<T>,
+    OnePlusRouter<T>,
+    ReluRouter<T>,
+    ScoredHashRouter<T>,
+    SigmoidRouter<T>,
+    SinkhornRouter<T>,
+    StraightThroughRouter<T>,
+    SwitchRouter<T>,
+    ThresholdRouter<T>,
+    TopKCapacityRouter<T>,
     TopKRouter<T>,
+    TopPRouter<T>,
+    TsallisRouter<T>,
     UnitRouter<T>>;
 
 template <class T>

@@ -2,6 +2,7 @@
 // Stages `key` and `select`: which experts one token gets. The choice is a constant in backward.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <span>
@@ -19,6 +20,26 @@ void selection_key(std::span<const T> u, std::span<const T> value, std::span<con
 /// and NaN are never chosen. Returns how many were found, at the front of `chosen`.
 template <class T>
 Index select_top_k(std::span<const T> key, std::span<std::int32_t> chosen) noexcept;
+
+/// Indices by falling key, the lower index first among equals, at the front of `order`; keys of
+/// -inf and NaN are left out. Returns how many there are. `order` has room for all.
+template <class T>
+Index sort_keys(std::span<const T> key, std::span<std::int32_t> order) noexcept;
+
+/// Where a cumulative selection ends.
+template <class T>
+struct Mass {
+  T target = T(1);                  ///< of the sum
+  bool include_crossing = true;     ///< the expert whose addition passes the target stays
+  Index at_least = 1, at_most = 0;  ///< experts, 0 = all
+};
+
+/// How many of `order`, from the front, a cumulative selection keeps. C_i is the sum of the first
+/// i + 1 values in that order: with include_crossing expert i stays while C_(i-1) <= target,
+/// without while C_i <= target.
+template <class T>
+Index mass_count(const Mass<T>& mass, std::span<const T> value,
+                 std::span<const std::int32_t> order) noexcept;
 
 template <class T>
 void selection_key(std::span<const T> u, std::span<const T> value, std::span<const T> bias,
@@ -46,7 +67,39 @@ Index select_top_k(std::span<const T> key, std::span<std::int32_t> chosen) noexc
   return count;
 }
 
+template <class T>
+Index sort_keys(std::span<const T> key, std::span<std::int32_t> order) noexcept {
+  Index count = 0;
+  for (std::size_t e = 0; e < key.size(); ++e) {
+    if (key[e] > -std::numeric_limits<T>::infinity()) order[count++] = static_cast<std::int32_t>(e);
+  }
+  std::sort(order.begin(), order.begin() + count, [key](std::int32_t a, std::int32_t b) {
+    return key[a] > key[b] || (key[a] == key[b] && a < b);
+  });
+  return count;
+}
+
+template <class T>
+Index mass_count(const Mass<T>& mass, std::span<const T> value,
+                 std::span<const std::int32_t> order) noexcept {
+  const auto found = static_cast<Index>(order.size());
+  Index count = 0;
+  for (T sum = T(0); count < found; ++count) {
+    const T next = sum + value[order[count]];
+    if (!((mass.include_crossing ? sum : next) <= mass.target)) break;
+    sum = next;
+  }
+  const Index most = mass.at_most > 0 ? mass.at_most : found;
+  return std::min(std::max(count, mass.at_least), std::min(most, found));
+}
+
 #ifndef MOLE_HEADER_ONLY
+extern template Index sort_keys(std::span<const float>, std::span<std::int32_t>) noexcept;
+extern template Index sort_keys(std::span<const double>, std::span<std::int32_t>) noexcept;
+extern template Index mass_count(const Mass<float>&, std::span<const float>,
+                                 std::span<const std::int32_t>) noexcept;
+extern template Index mass_count(const Mass<double>&, std::span<const double>,
+                                 std::span<const std::int32_t>) noexcept;
 extern template void selection_key(std::span<const float>, std::span<const float>,
                                    std::span<const float>, std::span<float>) noexcept;
 extern template void selection_key(std::span<const double>, std::span<const double>,

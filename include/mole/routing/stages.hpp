@@ -12,6 +12,7 @@
 // All but `project` work on the row of one token. A router calls the few it needs.
 #pragma once
 
+#include "mole/routing/entropy.hpp"
 #include "mole/routing/limit.hpp"
 #include "mole/routing/override.hpp"
 #include "mole/routing/project.hpp"

@@ -2,6 +2,7 @@
 // What a router reads (Tokens) and what a caller may force on it for one call (Overrides).
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <span>
 
@@ -31,6 +32,30 @@ struct Overrides {
   std::span<const std::int32_t> forced = {};   ///< [tokens], the only expert allowed; -1 = free
   MatView<const T> gates = {};                 ///< [tokens, experts], given gates (GivenRouter)
 };
+
+/// Throws shape_mismatch or invalid_argument unless the members that are there fit the tokens.
+template <class T>
+void check_tokens(const Tokens<T>& tokens) {
+  const Index count = tokens.count();
+  const auto fits = [count](const char* name, auto values) {
+    require(values.empty() || static_cast<Index>(values.size()) == count, Errc::shape_mismatch,
+            name, ": expected ", count, " values, got ", values.size());
+  };
+  fits("tokens.ids", tokens.ids);
+  fits("tokens.mask", tokens.mask);
+  const auto begin = tokens.sequence_begin;
+  if (begin.empty()) return;
+  require(begin.front() == 0 && begin.back() == count && std::is_sorted(begin.begin(), begin.end()),
+          Errc::invalid_argument, "tokens.sequence_begin: expected to ascend from 0 to ", count);
+}
+
+/// body(begin, end) for the tokens of every sequence; without sequences all tokens are one.
+template <class T, class Body>
+void for_each_sequence(const Tokens<T>& tokens, Body body) {
+  const auto begin = tokens.sequence_begin;
+  if (begin.empty()) return body(Index{0}, tokens.count());
+  for (std::size_t s = 0; s + 1 < begin.size(); ++s) body(Index{begin[s]}, Index{begin[s + 1]});
+}
 
 /// Throws shape_mismatch or invalid_argument unless the overrides fit [tokens, experts].
 template <class T>

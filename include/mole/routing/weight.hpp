@@ -45,6 +45,12 @@ void weigh_backward(const Weighting<T>& how, std::span<const T> u, std::span<con
                     std::span<const std::int32_t> chosen, std::span<const T> dgate, std::span<T> ds,
                     std::span<T> du, std::span<T> work) noexcept;
 
+/// Adds into dvalue (all experts) the gradient that arrives by the gates value / sum of the chosen;
+/// a sum of 0 has divided by 1.
+template <class T>
+void shares_backward(std::span<const std::int32_t> chosen, std::span<const T> gate,
+                     std::span<const T> dgate, T sum, std::span<T> dvalue) noexcept;
+
 /// Scale of the shares: softmax over the selection, renormalised once more, sums to 1 + epsilon.
 template <class T>
 T share_scale(const Weighting<T>& how) noexcept {
@@ -109,7 +115,23 @@ void weigh_backward(const Weighting<T>& how, std::span<const T> u, std::span<con
   }
 }
 
+template <class T>
+void shares_backward(std::span<const std::int32_t> chosen, std::span<const T> gate,
+                     std::span<const T> dgate, T sum, std::span<T> dvalue) noexcept {
+  const T divisor = sum == T(0) ? T(1) : sum;
+  T mean = T(0);
+  for (std::size_t i = 0; i < gate.size(); ++i) mean = std::fma(gate[i], dgate[i], mean);
+  if (sum == T(0)) mean = T(0);
+  for (std::size_t i = 0; i < gate.size(); ++i) {
+    dvalue[chosen[i]] += (dgate[i] - mean) / divisor;
+  }
+}
+
 #ifndef MOLE_HEADER_ONLY
+extern template void shares_backward(std::span<const std::int32_t>, std::span<const float>,
+                                     std::span<const float>, float, std::span<float>) noexcept;
+extern template void shares_backward(std::span<const std::int32_t>, std::span<const double>,
+                                     std::span<const double>, double, std::span<double>) noexcept;
 extern template void weigh(const Weighting<float>&, std::span<const float>, std::span<const float>,
                            std::span<const std::int32_t>, std::span<float>) noexcept;
 extern template void weigh(const Weighting<double>&, std::span<const double>,

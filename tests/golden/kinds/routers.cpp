@@ -1,90 +1,33 @@
 // SPDX-License-Identifier: Apache-2.0
-// router.top_k and router.dense_softmax.
+// Routers that decide token by token.
 #include <string>
 #include <vector>
 
 #include "golden/golden.hpp"
-#include "mole/core/params.hpp"
+#include "golden/kinds/router_run.hpp"
+#include "mole/losses/balance.hpp"
+#include "mole/losses/importance.hpp"
+#include "mole/losses/noisy_load.hpp"
+#include "mole/losses/shifted_balance.hpp"
+#include "mole/losses/sparsity.hpp"
+#include "mole/routers/deepseek.hpp"
 #include "mole/routers/dense.hpp"
+#include "mole/routers/hard_top_k.hpp"
+#include "mole/routers/hash.hpp"
+#include "mole/routers/noisy_top_k.hpp"
+#include "mole/routers/sigmoid.hpp"
+#include "mole/routers/threshold.hpp"
 #include "mole/routers/top_k.hpp"
+#include "mole/routers/top_p.hpp"
+#include "mole/routers/tsallis.hpp"
+#include "mole/routing/balance_bias.hpp"
 
 namespace {
 
 using golden::Case;
+using golden::RouterRun;
 using mole::Index;
-using mole::LinearParams;
 using mole::MatView;
-
-template <class T>
-MatView<T> zeros(Case<T>& c, Index rows, Index cols) {
-  const MatView<T> view = c.memory().template take<T>(rows, cols);
-  std::fill_n(view.data, view.size(), T(0));
-  return view;
-}
-
-/// Logits that are given pass through an identity as weight: exact, and dx is their gradient.
-template <class T>
-LinearParams<const T> weights(Case<T>& c, Index experts) {
-  if (c.has("in.x")) {
-    LinearParams<const T> params{c.matrix("param.router.weight"), {}};
-    if (c.has("param.router.bias")) params.bias = c.matrix("param.router.bias");
-    return params;
-  }
-  const MatView<T> identity = zeros(c, experts, experts);
-  for (Index e = 0; e < experts; ++e) identity(e, e) = T(1);
-  return {identity, {}};
-}
-
-template <class T>
-MatView<const T> input(Case<T>& c) {
-  return c.matrix(c.has("in.x") ? "in.x" : "in.logits");
-}
-
-template <class T, class Router>
-void run(Case<T>& c, const Router& router, const typename Router::Buffers& buffers) {
-  const Index count = c.extent("in.dgate", 0), experts = router.experts();
-  const LinearParams<const T> params = weights(c, experts);
-  const mole::Tokens<T> tokens{.x = input(c)};
-  mole::Overrides<T> overrides;
-  std::vector<std::uint8_t> forbidden;
-  if (c.has("in.expert_mask")) {
-    forbidden = c.mask("in.expert_mask");
-    overrides.forbidden = {forbidden.data(), static_cast<Index>(forbidden.size()) / experts,
-                           experts};
-  }
-  const auto prepared = router.prepare(params, c.memory());
-  mole::RoutingTable<T> table(c.memory(), count, experts, router.max_per_token());
-  auto tape = router.make_tape(c.memory(), count), d_tape = router.make_tape(c.memory(), count);
-  mole::params::zero(d_tape);
-  router.forward(prepared, buffers, tokens, overrides, {}, table, {}, &tape, c.context());
-
-  const mole::Routing<T> routing = table.view();
-  const MatView<T> gate = zeros(c, count, experts), mask = zeros(c, count, experts);
-  for (Index t = 0; t < count; ++t) {
-    for (Index s = routing.token_begin[t]; s < routing.token_begin[t + 1]; ++s) {
-      gate(t, routing.expert[s]) = routing.gate[s];
-      mask(t, routing.expert[s]) = T(1);
-      d_tape.gate(0, s) = c.matrix("in.dgate")(t, routing.expert[s]);
-    }
-  }
-  c.expect("out.gate", gate);
-  c.expect("out.mask", mask);
-  if (c.has("out.logits")) c.expect("out.logits", tape.logits);
-
-  const MatView<T> dx = zeros(c, count, router.input_width());
-  LinearParams<T> grad{zeros(c, params.weight.rows, params.weight.cols), {}};
-  if (params.bias.data != nullptr) grad.bias = zeros(c, 1, experts);
-  router.backward(params, buffers, tape, tokens, overrides, {}, routing, d_tape, {}, dx, grad, {},
-                  c.context());
-  if (c.has("in.x")) {
-    c.expect("grad.in.x", dx);
-    c.expect("grad.param.router.weight", grad.weight);
-    if (grad.bias.data != nullptr) c.expect("grad.param.router.bias", grad.bias);
-  } else {
-    c.expect("grad.in.logits", dx);
-    c.expect("grad.in.logits", d_tape.logits);
-  }
-}
 
 mole::Score score(const std::string& name) {
   if (name == "softmax") return mole::Score::softmax;
@@ -94,12 +37,38 @@ mole::Score score(const std::string& name) {
 }
 
 template <class T>
+Index width(Case<T>& c) {
+  return golden::router_input(c).cols;
+}
+
+template <class T>
+Index experts(Case<T>& c) {
+  return c.extent("in.dgate", 1);
+}
+
+/// Overrides with the forbidden experts of the case.
+template <class T>
+class Masked {
+ public:
+  explicit Masked(Case<T>& c) {
+    if (!c.has("in.expert_mask")) return;
+    forbidden_ = c.mask("in.expert_mask");
+    const auto size = static_cast<Index>(forbidden_.size());
+    overrides.forbidden = {forbidden_.data(), size / experts(c), experts(c)};
+  }
+  mole::Overrides<T> overrides;
+
+ private:
+  std::vector<std::uint8_t> forbidden_;
+};
+
+template <class T>
 void top_k(Case<T>& c) {
   using Router = mole::TopKRouter<T>;
   const bool scores_first = c.template config<std::string>("order") == "score_then_topk";
   const Router router(
-      {.width = input(c).cols,
-       .experts = c.extent("in.dgate", 1),
+      {.width = width(c),
+       .experts = experts(c),
        .k = c.template config<Index>("k"),
        .score = score(c.template config<std::string>("score")),
        .order = scores_first ? Router::Order::score_then_topk : Router::Order::topk_then_score,
@@ -110,19 +79,330 @@ void top_k(Case<T>& c) {
        .bias = c.has("param.router.bias")});
   typename Router::Buffers buffers;
   if (c.has("state.bias")) buffers.selection_bias = c.values("state.bias");
-  run(c, router, buffers);
+  const Masked masked(c);
+  golden::run_router(c, router, buffers, masked.overrides);
 }
 GOLDEN_KIND("router.top_k", top_k);
 
 template <class T>
 void dense_softmax(Case<T>& c) {
-  run(c,
-      mole::DenseRouter<T>({.width = input(c).cols,
-                            .experts = c.extent("in.dgate", 1),
-                            .temperature = c.template config<T>("temperature"),
-                            .bias = c.has("param.router.bias")}),
-      {});
+  const Masked masked(c);
+  golden::run_router(c,
+                     mole::DenseRouter<T>({.width = width(c),
+                                           .experts = experts(c),
+                                           .temperature = c.template config<T>("temperature"),
+                                           .bias = c.has("param.router.bias")}),
+                     {}, masked.overrides);
 }
 GOLDEN_KIND("router.dense_softmax", dense_softmax);
+
+template <class T>
+void top_p(Case<T>& c) {
+  const T temperature = c.template config<T>("temperature");
+  golden::run_router(
+      c, mole::TopPRouter<T>({.width = width(c),
+                              .experts = experts(c),
+                              .top_p = c.template config<T>("top_p"),
+                              .temperature = temperature == T(0) ? T(1) : temperature}));
+}
+GOLDEN_KIND("router.dynamic_moe", top_p);
+GOLDEN_KIND("router.mixlora_dynamic", top_p);
+
+template <class T>
+void dynmole(Case<T>& c) {
+  const bool tsallis = c.template config<std::string>("entropy_type") == "tsallis";
+  const typename mole::TsallisRouter<T>::Config config{
+      .width = width(c),
+      .experts = experts(c),
+      .top_p = c.template config<T>("top_p"),
+      .keep_top_k = c.template config<Index>("keep_top_k"),
+      .entropy = tsallis ? mole::EntropyKind::tsallis : mole::EntropyKind::renyi,
+      .entropy_index = c.template config<T>("entropy_index"),
+      .entropy_threshold = c.template config<T>("entropy_threshold"),
+      .entropy_epsilon = c.template config<T>("entropy_eps")};
+  RouterRun<mole::TsallisRouter<T>> run(c, mole::TsallisRouter<T>(config),
+                                        golden::router_weights(c, config.experts), {},
+                                        {.x = golden::router_input(c)});
+  run.expect_decision();
+  run.add_gate_gradient();
+  const mole::Entropy<T> entropy{config.entropy, config.entropy_index, config.entropy_epsilon,
+                                 true};
+  std::vector<T> values;
+  for (Index t = 0; t < run.routing.tokens; ++t) {
+    values.push_back(mole::stages::entropy<T>(entropy, run.tape.prob.row(t)));
+    mole::stages::entropy_backward<T>(entropy, run.tape.prob.row(t), c.values("in.dentropy")[t],
+                                      run.d_tape.prob.row(t));
+  }
+  c.expect("out.entropy", values);
+  run.backward();
+  run.expect_gradients(run.grad);
+}
+GOLDEN_KIND("router.dynmole", dynmole);
+
+template <class T>
+void threshold(Case<T>& c) {
+  using Router = mole::ThresholdRouter<T>;
+  RouterRun<Router> run(c,
+                        Router({.width = width(c),
+                                .experts = experts(c),
+                                .threshold = c.template config<T>("threshold")}),
+                        golden::router_weights(c, experts(c)), {}, {.x = golden::router_input(c)});
+  run.expect_decision();
+  const mole::BalanceLoss<T> loss{.count_zero_gates = true};
+  c.expect("out.loss", mole::balance_loss<T>(loss, run.routing, run.tape.prob, {}, c.context()));
+  const T weight = c.template config<T>("loss_weight");
+  mole::balance_loss<T>({.weight = weight, .count_zero_gates = true}, run.routing, run.tape.prob,
+                        run.d_tape.prob, c.context());
+  run.add_gate_gradient();
+  run.backward();
+  run.expect_gradients(run.grad);
+}
+GOLDEN_KIND("router.mole_threshold", threshold);
+
+template <class T>
+void adamole(Case<T>& c) {
+  using Router = mole::LearnedThresholdRouter<T>;
+  const Router router({.width = width(c),
+                       .experts = experts(c),
+                       .max_threshold = c.template config<T>("max_threshold")});
+  RouterRun<Router> run(c, router,
+                        {golden::router_weights(c, experts(c)),
+                         {c.matrix("param.threshold.weight"), c.matrix("param.threshold.bias")}},
+                        {}, {.x = golden::router_input(c)});
+  run.expect_decision();
+  std::vector<T> tau, dtau(static_cast<std::size_t>(run.routing.tokens));
+  for (Index t = 0; t < run.routing.tokens; ++t) {
+    tau.push_back(router.rule().threshold(run.tape.side(t, 0)));
+  }
+  c.expect("out.threshold", tau);
+  c.expect("out.loss", mole::shifted_balance_loss<T>(1, MatView<const T>(run.tape.prob), tau, {},
+                                                     {}, c.context()));
+  mole::shifted_balance_loss<T>(c.template config<T>("loss_weight"),
+                                MatView<const T>(run.tape.prob), tau, run.d_tape.prob, dtau,
+                                c.context());
+  for (Index t = 0; t < run.routing.tokens; ++t) {
+    run.d_tape.side(t, 0) += dtau[t] * router.rule().threshold_slope(run.tape.side(t, 0));
+  }
+  run.add_gate_gradient();
+  run.backward();
+  run.expect_gradients(run.grad.router);
+  c.expect("grad.param.threshold.weight", run.grad.side.weight);
+  c.expect("grad.param.threshold.bias", run.grad.side.bias);
+}
+GOLDEN_KIND("router.adamole", adamole);
+
+template <class T>
+void deepseek(Case<T>& c) {
+  using Router = mole::DeepSeekRouter<T>;
+  typename Router::Buffers buffers;
+  if (c.has("state.bias")) buffers.selection_bias = c.values("state.bias");
+  RouterRun<Router> run(c,
+                        Router({.width = width(c),
+                                .experts = experts(c),
+                                .k = c.template config<Index>("k"),
+                                .score = score(c.template config<std::string>("score")),
+                                .groups = c.template config<Index>("n_group"),
+                                .keep_groups = c.template config<Index>("topk_group"),
+                                .group_score_top = c.template config<Index>("group_score_top"),
+                                .fill_zero = c.template config<std::string>("group_fill") == "0",
+                                .renormalise = c.template config<bool>("renorm"),
+                                .renorm_epsilon = c.template config<T>("renorm_eps"),
+                                .route_scale = c.template config<T>("route_scale"),
+                                .bias = c.has("param.router.bias")}),
+                        golden::router_weights(c, experts(c)), buffers,
+                        {.x = golden::router_input(c)});
+  run.expect_decision();
+  c.expect("out.score", run.tape.prob);
+  run.add_gate_gradient();
+  run.backward();
+  run.expect_gradients(run.grad);
+}
+GOLDEN_KIND("router.deepseek", deepseek);
+
+template <class T>
+void sigmoid(Case<T>& c) {
+  golden::run_router(c,
+                     mole::SigmoidRouter<T>({.width = width(c),
+                                             .experts = experts(c),
+                                             .renormalise = c.template config<bool>("renorm"),
+                                             .renorm_epsilon = c.template config<T>("renorm_eps"),
+                                             .scale = c.template config<T>("scale"),
+                                             .bias = c.has("param.router.bias")}));
+}
+GOLDEN_KIND("router.sigmoid", sigmoid);
+
+template <class T>
+void relu(Case<T>& c) {
+  using Router = mole::ReluRouter<T>;
+  RouterRun<Router> run(c, Router({.width = width(c), .experts = experts(c)}),
+                        golden::router_weights(c, experts(c)), {}, {.x = golden::router_input(c)});
+  run.expect_decision();
+  const T weight = c.template config<T>("l1_coef");
+  mole::SparsityLoss<T> loss{weight, c.template config<T>("target_k"), true};
+  const MatView<const T> prob = run.tape.prob;
+  c.expect("out.loss", mole::sparsity_loss<T>(loss, prob, {}, c.context()));
+  c.expect("out.sparsity", mole::sparsity(prob));
+  loss.weight *= c.template config<T>("loss_weight");
+  mole::sparsity_loss<T>(loss, prob, run.d_tape.prob, c.context());
+  run.add_gate_gradient();
+  run.backward();
+  run.expect_gradients(run.grad);
+}
+GOLDEN_KIND("router.relu", relu);
+
+template <class T, class Router>
+void run_hash(Case<T>& c, const Router& router,
+              const typename Router::template Params<const T>& params) {
+  const std::vector<std::int32_t> ids = c.ints("in.ids");
+  std::vector<std::int32_t> table;
+  typename Router::Buffers buffers;
+  if (c.has("in.table")) {
+    table = c.ints("in.table");
+    buffers.table = {table.data(), c.extent("in.table", 0), c.extent("in.table", 1)};
+  }
+  const Index count = c.extent("in.dgate", 0);
+  const MatView<const T> x = c.has("in.x") ? c.matrix("in.x") : golden::zeros(c, count, 1);
+  RouterRun<Router> run(c, router, params, buffers, {.x = x, .ids = ids});
+  run.expect_decision();
+  run.add_gate_gradient();
+  run.backward();
+  if constexpr (requires { run.grad.weight; }) {
+    run.expect_gradients(run.grad);
+  } else if (c.has("grad.in.x")) {
+    c.expect("grad.in.x", run.dx);
+  }
+}
+
+template <class T>
+void hash(Case<T>& c) {
+  const Index k = c.template config<Index>("k"), count = experts(c);
+  if (c.template config<std::string>("gate") == "one") {
+    const Index width = c.has("in.x") ? c.extent("in.x", 1) : 1;
+    return run_hash(c, mole::HashRouter<T>({.width = width, .experts = count, .k = k}), {});
+  }
+  run_hash(c,
+           mole::ScoredHashRouter<T>({.width = width(c),
+                                      .experts = count,
+                                      .k = k,
+                                      .score = score(c.template config<std::string>("score")),
+                                      .renorm_epsilon = c.template config<T>("renorm_eps"),
+                                      .scale = c.template config<T>("scale")}),
+           golden::router_weights(c, count));
+}
+GOLDEN_KIND("router.hash", hash);
+
+/// m marks the largest score, whatever the gates are.
+template <class T>
+MatView<T> largest(Case<T>& c, MatView<const T> prob) {
+  const MatView<T> mask = golden::zeros(c, prob.rows, prob.cols);
+  for (Index t = 0; t < prob.rows; ++t) {
+    const auto row = prob.row(t);
+    mask(t, std::max_element(row.begin(), row.end()) - row.begin()) = T(1);
+  }
+  return mask;
+}
+
+template <class T, class Router>
+void run_llava(Case<T>& c, const Router& router) {
+  RouterRun<Router> run(c, router, golden::router_weights(c, experts(c)), {},
+                        {.x = golden::router_input(c)});
+  c.expect("out.gate", run.dense(false));
+  c.expect("out.prob", run.tape.prob);
+  c.expect("out.logits", run.tape.logits);
+  c.expect("out.mask", largest<T>(c, run.tape.prob));
+  const MatView<const T> dprob = c.matrix("in.dprob");
+  for (Index t = 0; t < dprob.rows; ++t) {
+    for (Index e = 0; e < dprob.cols; ++e) run.d_tape.prob(t, e) += dprob(t, e);
+  }
+  run.add_gate_gradient();
+  run.backward();
+  run.expect_gradients(run.grad);
+}
+
+template <class T>
+void llava_mole(Case<T>& c) {
+  const Index w = width(c), n = experts(c);
+  const bool bias = c.has("param.router.bias");
+  const std::string gate = c.template config<std::string>("gate");
+  if (gate == "one") {
+    run_llava(c, mole::HardTopKRouter<T>({.width = w, .experts = n, .bias = bias}));
+  } else if (gate == "prob") {
+    run_llava(c, mole::DenseRouter<T>({.width = w, .experts = n, .bias = bias}));
+  } else {
+    run_llava(c, mole::StraightThroughRouter<T>(
+                     {.width = w, .experts = n, .probes = true, .bias = bias}));
+  }
+}
+GOLDEN_KIND("router.llava_mole", llava_mole);
+
+template <class T>
+void noisy_top_k(Case<T>& c) {
+  using Router = mole::NoisyTopKRouter<T>;
+  const bool train = c.template config<bool>("train");
+  const bool softmax_first = c.template config<std::string>("order") == "softmax_then_topk";
+  const Router router({.width = width(c),
+                       .experts = experts(c),
+                       .k = c.template config<Index>("k"),
+                       .order = softmax_first ? mole::NoisyOrder::softmax_then_topk
+                                              : mole::NoisyOrder::topk_then_softmax,
+                       .noise_epsilon = c.template config<T>("noise_epsilon"),
+                       .renorm_epsilon = c.template config<T>("renorm_eps")});
+  typename Router::Buffers buffers;
+  if (train) buffers.noise = c.matrix("in.noise");
+  RouterRun<Router> run(
+      c, router, {golden::router_weights(c, experts(c)), {c.matrix("param.noise.weight"), {}}},
+      buffers, {.x = golden::router_input(c)});
+  const MatView<T> gate = run.dense(false), dgate = golden::zeros(c, gate.rows, gate.cols);
+  c.expect("out.gate", gate);
+  c.expect("out.mask", run.dense(true));
+  const MatView<T> z = golden::zeros(c, gate.rows, gate.cols);
+  for (Index t = 0; t < z.rows; ++t) {
+    std::copy_n(run.tape.logits.row(t).begin(), z.cols, z.row(t).begin());
+    if (train) {
+      router.rule().noisy_logits(run.tape.logits.row(t), run.tape.side.row(t), buffers.noise.row(t),
+                                 z.row(t));
+    }
+  }
+  c.expect("out.logits", z);
+  std::vector<double> importance(static_cast<std::size_t>(gate.cols)), load(importance.size());
+  for (Index t = 0; t < gate.rows; ++t) {
+    for (Index e = 0; e < gate.cols; ++e) {
+      importance[e] += gate(t, e);
+      load[e] += gate(t, e) > T(0);
+    }
+  }
+  c.expect("out.importance", importance);
+  const double weight = c.template config<double>("loss_coef");
+  const double share = weight * c.template config<double>("loss_weight");
+  const MatView<const T> gates = gate, logits = run.tape.logits;
+  double loss = mole::importance_loss<T>({weight}, gates, {}, c.context());
+  mole::importance_loss<T>({share}, gates, dgate, c.context());
+  if (train && router.max_per_token() < router.experts()) {
+    mole::NoisyLoad<T> how{
+        .weight = weight,
+        .k = router.max_per_token(),
+        .noise_epsilon = c.template config<T>("noise_epsilon"),
+        .limit_is_prob = c.template config<std::string>("load_threshold") == "prob"};
+    loss += mole::noisy_load_loss<T>(how, logits, run.tape.side, buffers.noise, load, {}, {},
+                                     c.context());
+    how.weight = share;
+    mole::noisy_load_loss<T>(how, logits, run.tape.side, buffers.noise, load, run.d_tape.logits,
+                             run.d_tape.side, c.context());
+  } else {
+    loss += mole::cv_squared({weight}, load, {});
+  }
+  c.expect("out.load", load);
+  c.expect("out.loss", loss);
+  run.add_gate_gradient();
+  for (Index t = 0; t < gate.rows; ++t) {
+    for (Index s = run.routing.token_begin[t]; s < run.routing.token_begin[t + 1]; ++s) {
+      run.d_tape.gate(0, s) += dgate(t, run.routing.expert[s]);
+    }
+  }
+  run.backward();
+  run.expect_gradients(run.grad.router);
+  c.expect("grad.param.noise.weight", run.grad.side.weight);
+}
+GOLDEN_KIND("router.noisy_top_k", noisy_top_k);
 
 }  // namespace

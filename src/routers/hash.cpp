@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "mole/routers/hash.hpp"
+
+namespace mole::inline MOLE_ABI {
+template struct HashRule<float>;
+template struct HashRule<double>;
+template class HeadRouter<float, NoHead<float>, HashRule<float>>;
+template class HeadRouter<double, NoHead<double>, HashRule<double>>;
+template class HeadRouter<float, LinearHead<float>, HashRule<float>>;
+template class HeadRouter<double, LinearHead<double>, HashRule<double>>;
+}  // namespace mole::inline MOLE_ABI

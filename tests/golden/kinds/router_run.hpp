@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: Apache-2.0
+// One router on one golden case: forward, the dense form of its decision, backward.
+#pragma once
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "golden/golden.hpp"
+#include "mole/core/params.hpp"
+#include "mole/routing/head.hpp"
+#include "mole/routing/router.hpp"
+
+namespace golden {
+
+using mole::LinearParams;
+
+template <class T>
+MatView<T> zeros(Case<T>& c, Index rows, Index cols) {
+  const MatView<T> view = c.memory().template take<T>(rows, cols);
+  std::fill_n(view.data, view.size(), T(0));
+  return view;
+}
+
+/// Logits that are given pass through an identity as weight: exact, and dx is their gradient.
+template <class T>
+LinearParams<const T> router_weights(Case<T>& c, Index experts) {
+  if (c.has("param.router.weight")) {
+    LinearParams<const T> params{c.matrix("param.router.weight"), {}};
+    if (c.has("param.router.bias")) params.bias = c.matrix("param.router.bias");
+    return params;
+  }
+  const MatView<T> identity = zeros(c, experts, experts);
+  for (Index e = 0; e < experts; ++e) identity(e, e) = T(1);
+  return {identity, {}};
+}
+
+template <class T>
+MatView<const T> router_input(Case<T>& c) {
+  return c.matrix(c.has("in.x") ? "in.x" : "in.logits");
+}
+
+/// `sequences` equal sequences.
+inline std::vector<std::int32_t> equal_sequences(Index tokens, Index sequences) {
+  std::vector<std::int32_t> begin;
+  for (Index s = 0; s <= sequences; ++s) {
+    begin.push_back(static_cast<std::int32_t>(tokens * s / sequences));
+  }
+  return begin;
+}
+
+template <class Router>
+class RouterRun {
+ public:
+  using T = typename Router::Scalar;
+  using Params = typename Router::template Params<const T>;
+  using Gradient = typename Router::template Params<T>;
+
+  RouterRun(Case<T>& c, const Router& router, const Params& params,
+            const typename Router::Buffers& buffers, const mole::Tokens<T>& tokens,
+            const mole::Overrides<T>& overrides = {})
+      : c_(c),
+        router_(router),
+        params_(params),
+        buffers_(buffers),
+        tokens_(tokens),
+        overrides_(overrides),
+        prepared_(router.prepare(params, c.memory())),
+        table_(c.memory(), tokens.count(), router.experts(), router.max_per_token()),
+        tape(router.make_tape(c.memory(), tokens.count())),
+        d_tape(router.make_tape(c.memory(), tokens.count())),
+        dx(zeros(c, tokens.count(), router.input_width())),
+        grad(router.make_params(c.memory())) {
+    mole::params::zero(d_tape);
+    mole::params::zero(grad);
+    router.forward(prepared_, buffers_, tokens_, overrides_, {}, table_, {}, &tape, c.context());
+    routing = table_.view();
+  }
+
+  MatView<T> dense(bool mask) const {
+    const MatView<T> out = zeros(c_, routing.tokens, routing.experts);
+    for (Index t = 0; t < routing.tokens; ++t) {
+      for (Index s = routing.token_begin[t]; s < routing.token_begin[t + 1]; ++s) {
+        out(t, routing.expert[s]) = mask ? T(1) : routing.gate[s];
+      }
+    }
+    return out;
+  }
+
+  void expect_decision() {
+    c_.expect("out.gate", dense(false));
+    if (c_.has("out.mask")) c_.expect("out.mask", dense(true));
+    if (c_.has("out.logits")) c_.expect("out.logits", tape.logits);
+    if (c_.has("out.prob")) c_.expect("out.prob", tape.prob);
+  }
+
+  void add_gate_gradient() {
+    const MatView<const T> dgate = c_.matrix("in.dgate");
+    for (Index t = 0; t < routing.tokens; ++t) {
+      for (Index s = routing.token_begin[t]; s < routing.token_begin[t + 1]; ++s) {
+        d_tape.gate(0, s) += dgate(t, routing.expert[s]);
+      }
+    }
+  }
+
+  void backward() {
+    router_.backward(params_, buffers_, tape, tokens_, overrides_, {}, routing, d_tape, {}, dx,
+                     grad, {}, c_.context());
+  }
+
+  /// Of x and a linear head, or of given logits.
+  void expect_gradients(const LinearParams<T>& head) {
+    if (!c_.has("in.x")) return c_.expect("grad.in.logits", dx);
+    c_.expect("grad.in.x", dx);
+    c_.expect("grad.param.router.weight", head.weight);
+    if (head.bias.data != nullptr) c_.expect("grad.param.router.bias", head.bias);
+  }
+
+ private:
+  Case<T>& c_;
+  Router router_;
+  Params params_;
+  typename Router::Buffers buffers_;
+  mole::Tokens<T> tokens_;
+  mole::Overrides<T> overrides_;
+  typename Router::Prepared prepared_;
+  mole::RoutingTable<T> table_;
+
+ public:
+  typename Router::Tape tape, d_tape;
+  MatView<T> dx;
+  Gradient grad;
+  mole::Routing<T> routing;
+};
+
+/// The whole case of a router with a linear head and nothing beside its gates.
+template <class T, class Router>
+void run_router(Case<T>& c, const Router& router, const typename Router::Buffers& buffers = {},
+                const mole::Overrides<T>& overrides = {}) {
+  RouterRun<Router> run(c, router, router_weights(c, router.experts()), buffers,
+                        {.x = router_input(c)}, overrides);
+  run.expect_decision();
+  run.add_gate_gradient();
+  run.backward();
+  run.expect_gradients(run.grad);
+}
+
+}  // namespace golden
