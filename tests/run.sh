@@ -26,7 +26,7 @@ build() {
 
 run_tests() {
   build "$1" || { failed_as_a_whole "$1" "it does not build"; return; }
-  ctest --preset "$1" -j "$jobs" --output-log "out/$1.tests.log" -V >/dev/null 2>&1
+  ctest --preset "$1" -j "$jobs" -V >"out/$1.tests.log" 2>&1
   sh tests/support/count_cases.sh "out/$1.tests.log" >"out/$1.count" || {
     cat "out/$1.count"
     failed_as_a_whole "$1" "no tests ran"
