@@ -29,6 +29,11 @@ template <class T>
 struct DeepSeekRule {
   struct Buffers {
     std::span<const T> selection_bias = {};  ///< [experts], or empty
+
+    template <class F, class... B>
+    static void visit(F&& f, B&... b) {
+      f(Leaf{"selection_bias"}, b.selection_bias...);
+    }
   };
   struct Groups {
     Index count = 1, keep = 1, score_top = 2;
@@ -113,6 +118,10 @@ class DeepSeekRouter : public HeadRouter<T, LinearHead<T>, DeepSeekRule<T>> {
   }
 
   const Config& config() const noexcept { return config_; }
+  /// Throws shape_mismatch.
+  void require_buffers(const typename DeepSeekRule<T>::Buffers& buffers) const {
+    this->rule().check(buffers, 0, this->experts());
+  }
 
  private:
   Config config_;

@@ -39,6 +39,10 @@ template <class T>
 struct GShardRule {
   struct Buffers {
     std::span<const T> uniform = {};  ///< [tokens], for SecondChoice::random
+
+    /// Inputs of one call: not saved with the router.
+    template <class F, class... B>
+    static void visit(F&&, B&...) {}
   };
 
   Index capacity = 0;

@@ -26,6 +26,10 @@ template <class T>
 struct HashRule {
   struct Buffers {
     MatView<const std::int32_t> table = {};  ///< [ids, k], or empty: id mod experts
+
+    /// The table is the host's: it is not saved with the router.
+    template <class F, class... B>
+    static void visit(F&&, B&...) {}
   };
 
   Index k = 1;

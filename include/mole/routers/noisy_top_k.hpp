@@ -33,6 +33,10 @@ template <class T>
 struct NoisyTopKRule {
   struct Buffers {
     MatView<const T> noise = {};  ///< [tokens, experts], or empty
+
+    /// Inputs of one call: not saved with the router.
+    template <class F, class... B>
+    static void visit(F&&, B&...) {}
   };
 
   Index k = 2;

@@ -27,6 +27,10 @@ template <class T>
 struct SinkhornRule {
   struct Buffers {
     bool balance = true;  ///< choose by the plan; false: as at inference
+
+    /// Inputs of one call: not saved with the router.
+    template <class F, class... B>
+    static void visit(F&&, B&...) {}
   };
 
   Index k = 1, max_iterations = 10'000;

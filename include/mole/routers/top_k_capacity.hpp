@@ -34,6 +34,10 @@ template <class T>
 struct TopKCapacityRule {
   struct Buffers {
     MatView<const T> uniform = {};  ///< [tokens, experts], for DropBy::random
+
+    /// Inputs of one call: not saved with the router.
+    template <class F, class... B>
+    static void visit(F&&, B&...) {}
   };
 
   Index k = 1, capacity = 0;
