@@ -565,9 +565,9 @@ TEST_CASE("kinds that only the caller knows are loaded, not checked") {
   pieces.config([&](json& d) { pieces.layer(d)["router"]["kind"] = "mine"; });
   const auto bytes = pieces.bytes();
   const MixtureFile file = parse(bytes);
-  CHECK(thrown([&] { file.check(file.only()); }) ==
-        R"(unsupported: f: mixture "a": kind "mine" is unknown, expected one of dense, given, )"
-        "top_k, unit");
+  const std::string start =
+      R"(unsupported: f: mixture "a": kind "mine" is unknown, expected one of deepseek, dense, )";
+  CHECK(thrown([&] { file.check(file.only()); }).starts_with(start));
 }
 
 TEST_CASE("no change of a byte of the header does more than throw an error") {

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // The contract over routers in which tokens compete. Capacities are large where the suite asks for
 // ties to go to the lower expert: a full expert would send the token on.
+#include "contracts/router_table.hpp"
 #include "mole/routers/expert_choice.hpp"
 #include "mole/routers/gshard.hpp"
 #include "mole/routers/sinkhorn.hpp"
 #include "mole/routers/switch.hpp"
 #include "mole/routers/top_k_capacity.hpp"
-#include "routers/contract_table.hpp"
 
 namespace {
 

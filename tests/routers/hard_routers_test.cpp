@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The contract over routers with thresholds, fixed weights, noise or ids.
+#include "contracts/router_table.hpp"
 #include "mole/routers/hard_top_k.hpp"
 #include "mole/routers/hash.hpp"
 #include "mole/routers/noisy_top_k.hpp"
 #include "mole/routers/threshold.hpp"
-#include "routers/contract_table.hpp"
 
 namespace {
 

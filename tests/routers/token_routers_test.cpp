@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The contract over routers with linear logits that decide token by token.
+#include "contracts/router_table.hpp"
 #include "mole/routers/deepseek.hpp"
 #include "mole/routers/sigmoid.hpp"
 #include "mole/routers/top_p.hpp"
 #include "mole/routers/tsallis.hpp"
-#include "routers/contract_table.hpp"
 
 namespace {
 
