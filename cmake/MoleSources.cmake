@@ -55,6 +55,7 @@ set(MOLE_SOURCES
     src/routers/dense.cpp
     src/routers/expert_choice.cpp
     src/routers/given.cpp
+    src/routers/gru.cpp
     src/routers/gshard.cpp
     src/routers/hard_top_k.cpp
     src/routers/hash.cpp
@@ -74,9 +75,11 @@ set(MOLE_SOURCES
     src/routing/linear.cpp
     src/routing/override.cpp
     src/routing/project.cpp
+    src/routing/recurrent_cell.cpp
     src/routing/routing.cpp
     src/routing/score.cpp
     src/routing/select.cpp
+    src/routing/top_k_rule.cpp
     src/routing/weight.cpp
     src/stats/routing_svg.cpp)
 
@@ -147,6 +150,7 @@ set(MOLE_HEADERS
     include/mole/routers/dense.hpp
     include/mole/routers/expert_choice.hpp
     include/mole/routers/given.hpp
+    include/mole/routers/gru.hpp
     include/mole/routers/gshard.hpp
     include/mole/routers/hard_top_k.hpp
     include/mole/routers/hash.hpp
@@ -170,6 +174,7 @@ set(MOLE_HEADERS
     include/mole/routing/linear.hpp
     include/mole/routing/override.hpp
     include/mole/routing/project.hpp
+    include/mole/routing/recurrent_cell.hpp
     include/mole/routing/router.hpp
     include/mole/routing/routing.hpp
     include/mole/routing/rule_router.hpp
@@ -177,6 +182,7 @@ set(MOLE_HEADERS
     include/mole/routing/select.hpp
     include/mole/routing/stages.hpp
     include/mole/routing/tokens.hpp
+    include/mole/routing/top_k_rule.hpp
     include/mole/routing/weight.hpp
     include/mole/stats/routing_svg.hpp
     include/mole/version.hpp)

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // ExpertChoiceRouter: experts choose tokens, each the same number of them.
 //
-//   l = x Wᵀ + b (+ overrides)     capacity = min(tokens, ⌊capacity_factor · tokens / experts⌋)
+//   l = x Wᵀ + b (+ overrides)     capacity = min(n, ⌊capacity_factor · n / experts⌋), n real tokens
 //   scores, a column s_te an expert:
 //     over_experts   softmax of the row          ranked by s
 //     over_tokens    softmax of the column       ranked by l
 //     over_selected  softmax of the column over the chosen tokens alone, 0 elsewhere; ranked by l
 //   every expert takes the `capacity` best tokens of its column, ties to the earlier token; g = s
+//   tokens with mask 0 are never taken and have no part in a column's softmax
 //
 // Shapes: x [tokens, width], W [experts, width], b [1, experts]. A token has 0 ... experts experts.
 // Who else is in the batch decides: no causal model can route this way at inference. The selection
@@ -42,6 +43,9 @@ struct ExpertChoiceRule {
                const Context& context) const;
   void backward(const RuleBatch<T>& batch, None, const Routing<T>& routing,
                 const RuleBatchGradient<T>& d, const Context& context) const;
+  static bool takes_part(const Tokens<T>& tokens, Index t) noexcept {
+    return tokens.mask.empty() || tokens.mask[t] != 0;
+  }
   Index capacity(Index tokens, Index experts) const noexcept {
     const double share =
         capacity_factor * static_cast<double>(tokens) / static_cast<double>(experts);
@@ -100,8 +104,11 @@ std::size_t ExpertChoiceRule<T>::scratch_bytes(Index tokens, Index experts,
 template <class T>
 void ExpertChoiceRule<T>::forward(const RuleBatch<T>& batch, None, RoutingTable<T>& table,
                                   const Context& context) const {
+  constexpr T kNever = -std::numeric_limits<T>::infinity();
   const Index count = batch.logits.rows, experts = batch.logits.cols;
-  const Index places = capacity(count, experts);
+  Index real = 0;
+  for (Index t = 0; t < count; ++t) real += takes_part(batch.tokens, t);
+  const Index places = capacity(real, experts);
   const Workspace::Frame frame(context.scratch);
   const auto logit = context.scratch.template take<T>(count);
   const auto score_of = context.scratch.template take<T>(count);
@@ -112,10 +119,12 @@ void ExpertChoiceRule<T>::forward(const RuleBatch<T>& batch, None, RoutingTable<
     stages::softmax_rows<T>(batch.logits, batch.prob, context);
   }
   for (Index e = 0; e < experts; ++e) {
-    for (Index t = 0; t < count; ++t) logit[t] = batch.logits(t, e);
+    for (Index t = 0; t < count; ++t) {
+      logit[t] = takes_part(batch.tokens, t) ? batch.logits(t, e) : kNever;
+    }
     if (score == ExpertChoiceScore::over_experts) {
       for (Index t = 0; t < count; ++t) {
-        score_of[t] = std::isinf(logit[t]) && logit[t] < T(0) ? logit[t] : batch.prob(t, e);
+        score_of[t] = logit[t] == kNever ? kNever : batch.prob(t, e);
       }
     }
     const bool by_logit = score != ExpertChoiceScore::over_experts;
@@ -125,7 +134,7 @@ void ExpertChoiceRule<T>::forward(const RuleBatch<T>& batch, None, RoutingTable<
     if (!by_logit) continue;
     if (score == ExpertChoiceScore::over_selected) {
       for (Index t = 0; t < count; ++t) {
-        if (taken(t, e) == 0) logit[t] = -std::numeric_limits<T>::infinity();
+        if (taken(t, e) == 0) logit[t] = kNever;
       }
     }
     stages::softmax<T>(logit, score_of);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "skeletons/gru_router.hpp"
+#include "mole/routers/gru.hpp"
 
 #include <array>
 #include <vector>
@@ -15,19 +15,19 @@ namespace skeleton {
 
 namespace {
 
-using Router = GruRouter<double>;
+using Router = mole::GruRouter<double>;
 using Bank = mole::LoraBank<double>;
 using Mixture = mole::Mixture<Router, Bank>;
 using Adapted = mole::AdaptedLinear<Mixture>;
 
 /// The cell of a stack, in one block.
-GruCell<double> make_cell(Memory& memory, Index state) {
+mole::CellParams<double> make_cell(Memory& memory, Index state) {
   return {memory.random(3 * state, state), memory.random(3 * state, state),
           memory.random(1, 3 * state), memory.random(1, 3 * state)};
 }
 
 Router::Params<double> make_router_params(Memory& memory, const Router::Config& c,
-                                          const GruCell<double>& cell) {
+                                          const mole::CellParams<double>& cell) {
   return {memory.random(c.state, c.width), {memory.random(c.experts, c.state), {}}, cell};
 }
 
@@ -95,16 +95,16 @@ struct Stack {
 
 }  // namespace
 
-TEST_CASE("gradients flow through depth and into the cell that three layers share", "[skeletons]") {
+TEST_CASE("gradients flow through depth and into the cell that three layers share", "[routers]") {
   constexpr Index kTokens = 5, kWidth = 7;
-  const Router::Config config{.width = kWidth, .state = 3, .experts = 4, .k = 2};
+  const Router::Config config{.width = kWidth, .experts = 4, .state = 3, .k = 2};
   const Mixture layer(
       Router(config),
       Bank({.in = kWidth, .out = kWidth, .rank = {2, 1, 0, 3}, .scale = {0.5, 1, 1, 2}}));
   Memory memory(7);
   memory.limit_scratch(layer.scratch_bytes(kTokens, 1));
-  const GruCell<double> cell = make_cell(memory, config.state);
-  const GruCell<double> d_cell = make_cell(memory, config.state);
+  const mole::CellParams<double> cell = make_cell(memory, config.state);
+  const mole::CellParams<double> d_cell = make_cell(memory, config.state);
   mole::params::zero(d_cell);
   std::vector<Mixture::Params<double>> params, grad;
   std::vector<Mixture::Weights> weights;
@@ -176,12 +176,12 @@ MatView<double> gather(Memory& memory, const GoldenCase& c, const std::string& n
   return all;
 }
 
-GruCell<double> gather_cell(Memory& memory, const GoldenCase& c) {
+mole::CellParams<double> gather_cell(Memory& memory, const GoldenCase& c) {
   return {gather(memory, c, "param.weight_i"), gather(memory, c, "param.weight_h"),
           gather(memory, c, "param.bias_i"), gather(memory, c, "param.bias_h")};
 }
 
-void check_cell_gradient(const GoldenCase& c, const GruCell<double>& grad) {
+void check_cell_gradient(const GoldenCase& c, const mole::CellParams<double>& grad) {
   const Index p = grad.input_weight.cols;
   for (Index g = 0; g < 3; ++g) {
     const std::string gate = kGates[static_cast<std::size_t>(g)];
@@ -194,7 +194,7 @@ void check_cell_gradient(const GoldenCase& c, const GruCell<double>& grad) {
 
 }  // namespace
 
-TEST_CASE("a stack of recurrent routers gives the golden outputs and gradients", "[skeletons]") {
+TEST_CASE("a stack of recurrent routers gives the golden outputs and gradients", "[routers]") {
   const std::string name = GENERATE(from_range(GoldenCase::names("layer.rmoe_chain__")));
   INFO(name);
   const GoldenCase c(name);
@@ -202,8 +202,8 @@ TEST_CASE("a stack of recurrent routers gives the golden outputs and gradients",
   const auto layers = static_cast<std::size_t>(c.number("layers"));
   const Index experts = c.extent("param.A", 1), rank = c.extent("param.A", 2);
   const Router::Config config{.width = c.extent("in.x", 1),
-                              .state = c.extent("in.dh", 1),
                               .experts = experts,
+                              .state = c.extent("in.dh", 1),
                               .k = static_cast<Index>(c.number("top_k"))};
   const auto count = static_cast<std::size_t>(experts);
   Bank bank({.in = config.width,
@@ -211,12 +211,13 @@ TEST_CASE("a stack of recurrent routers gives the golden outputs and gradients",
              .rank = std::vector<Index>(count, rank),
              .scale = std::vector<double>(count, c.number("scaling"))});
   const Adapted layer(Mixture(Router(config), bank));
-  const GruCell<double> cell = gather_cell(memory, c), d_cell = make_cell(memory, config.state);
+  const mole::CellParams<double> cell = gather_cell(memory, c),
+                                 d_cell = make_cell(memory, config.state);
   mole::params::zero(d_cell);
 
   std::vector<Adapted::Params<double>> params, grad;
   std::vector<Adapted::Weights> weights;
-  const auto make = [&](const GruCell<double>& of) {
+  const auto make = [&](const mole::CellParams<double>& of) {
     return Adapted::Params<double>{
         memory.zeros(config.width, config.width),
         {},

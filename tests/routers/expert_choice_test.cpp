@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "skeletons/expert_choice_router.hpp"
+#include "mole/routers/expert_choice.hpp"
 
 #include <vector>
 
@@ -14,14 +14,15 @@ namespace skeleton {
 
 namespace {
 
-using Router = ExpertChoiceRouter<double>;
+using Router = mole::ExpertChoiceRouter<double>;
 using Bank = mole::LoraBank<double>;
 using Mixture = mole::Mixture<Router, Bank>;
 using Adapted = mole::AdaptedLinear<Mixture>;
 
-ChoiceScore score_of(const GoldenCase& c) {
-  if (c.text("score") == "softmax_experts") return ChoiceScore::experts;
-  return c.text("score") == "softmax_tokens" ? ChoiceScore::tokens : ChoiceScore::selected;
+mole::ExpertChoiceScore score_of(const GoldenCase& c) {
+  if (c.text("score") == "softmax_experts") return mole::ExpertChoiceScore::over_experts;
+  return c.text("score") == "softmax_tokens" ? mole::ExpertChoiceScore::over_tokens
+                                             : mole::ExpertChoiceScore::over_selected;
 }
 
 struct DenseRouting {
@@ -42,7 +43,7 @@ DenseRouting dense(Memory& memory, const mole::Routing<double>& routing) {
 
 }  // namespace
 
-TEST_CASE("an expert choice router gives the golden gates and gradients", "[skeletons]") {
+TEST_CASE("an expert choice router gives the golden gates and gradients", "[routers]") {
   const std::string name = GENERATE(from_range(GoldenCase::names("router.expert_choice__")));
   INFO(name);
   const GoldenCase c(name);
@@ -66,7 +67,7 @@ TEST_CASE("an expert choice router gives the golden gates and gradients", "[skel
   const Router::Tape d_tape = router.make_tape(memory.workspace(), x.rows);
   mole::params::zero(d_tape);
   mole::RoutingTable<double> table(memory.workspace(), x.rows, experts, router.max_per_token());
-  CHECK(router.capacity(x.rows) == static_cast<Index>(c.number("capacity")));
+  CHECK(router.rule().capacity(x.rows, experts) == static_cast<Index>(c.number("capacity")));
 
   router.forward(prepared, {}, {.x = x}, {}, {}, table, {}, &tape, memory.context());
   const mole::Routing<double> routing = table.view();
@@ -84,7 +85,7 @@ TEST_CASE("an expert choice router gives the golden gates and gradients", "[skel
   if (from_x) CHECK(c.difference("grad.param.router.weight", d_weight) == "");
 }
 
-TEST_CASE("an adapted linear map routed by expert choice gives the golden values", "[skeletons]") {
+TEST_CASE("an adapted linear map routed by expert choice gives the golden values", "[routers]") {
   const std::string name = GENERATE(from_range(GoldenCase::names("layer.expert_choice__")));
   INFO(name);
   const GoldenCase c(name);
@@ -132,10 +133,11 @@ TEST_CASE("an adapted linear map routed by expert choice gives the golden values
 }
 
 TEST_CASE("gradients flow through scores that run over tokens; padding takes no place",
-          "[skeletons]") {
+          "[routers]") {
   constexpr Index kTokens = 11, kWidth = 5, kExperts = 3;
-  const ChoiceScore score =
-      GENERATE(ChoiceScore::experts, ChoiceScore::tokens, ChoiceScore::selected);
+  const mole::ExpertChoiceScore score =
+      GENERATE(mole::ExpertChoiceScore::over_experts, mole::ExpertChoiceScore::over_tokens,
+               mole::ExpertChoiceScore::over_selected);
   const Mixture layer(
       Router({.width = kWidth, .experts = kExperts, .capacity_factor = 1.2, .score = score}),
       Bank({.in = kWidth, .out = 7, .rank = {2, 1, 3}, .scale = {1, 0.5, 2}}));
