@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstdio>
+#include <exception>
 #include <filesystem>
 #include <system_error>
 
@@ -26,13 +27,23 @@ namespace fs = std::filesystem;
        " failed: ", std::generic_category().message(error));
 }
 
+// What f does with files. The overloads that report by error code end the process when memory is
+// short, so the throwing ones are called.
+template <class F>
+auto tried(const std::string& path, const char* operation, F f) {
+  try {
+    return f();
+  } catch (const fs::filesystem_error& error) {
+    refuse(path, operation, error.code().value());
+  }
+}
+
 // The target itself: links resolved, no slash at the end.
 fs::path resolved(const std::string& target) {
   require(target.find('\0') == std::string::npos, Errc::invalid_argument, shown_path(target),
           ": a path cannot hold a NUL byte");
-  std::error_code error;
-  fs::path path = fs::weakly_canonical(fs::absolute(target, error), error);
-  if (error) refuse(target, "resolving the path", error.value());
+  fs::path path = tried(target, "resolving the path",
+                        [&] { return fs::weakly_canonical(fs::absolute(target)); });
   if (!path.has_filename()) path = path.parent_path();
   return path;
 }
@@ -63,15 +74,13 @@ NewFolder::NewFolder(const std::string& target, bool overwrite) {
   if (::lstat(target_.c_str(), &status) == 0) {
     require(S_ISDIR(status.st_mode), Errc::io_error, shown_path(target_),
             ": is no folder, so none can be written there");
-    std::error_code error;
-    replaces_ = !fs::is_empty(path, error);
-    if (error) refuse(target_, "reading the folder", error.value());
+    replaces_ = !tried(target_, "reading the folder",
+                       [&] { return fs::directory_iterator(path) == fs::directory_iterator(); });
     require(!replaces_ || overwrite, Errc::state_error, shown_path(target_),
             ": the folder is not empty (ok with the option overwrite)");
   }
-  std::error_code error;
-  fs::create_directories(path.parent_path(), error);
-  if (error) refuse(path.parent_path().string(), "making the folder", error.value());
+  tried(path.parent_path().string(), "making the folder",
+        [&] { return fs::create_directories(path.parent_path()); });
   make();
   // A replaced folder keeps its permissions.
   if (replaces_) ::chmod(temporary_.c_str(), status.st_mode & 07777u);
@@ -94,8 +103,11 @@ void NewFolder::make() {
 
 NewFolder::~NewFolder() {
   if (committed_ || temporary_.empty()) return;
-  std::error_code ignored;
-  fs::remove_all(temporary_, ignored);
+  try {
+    fs::remove_all(temporary_);
+  } catch (const std::exception&) {
+    return;  // it stays, under a name that nobody reads
+  }
 }
 
 void NewFolder::commit(const std::vector<std::string>& replaced) {

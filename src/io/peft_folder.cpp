@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <filesystem>
 #include <string_view>
-#include <system_error>
 #include <vector>
 
 #include "io/file.hpp"
@@ -19,11 +18,14 @@ namespace {
 std::string named_adapters(const std::string& folder) {
   constexpr std::size_t kMostNamed = 5;
   std::vector<std::string> names;
-  std::error_code error;
-  std::filesystem::directory_iterator place(folder, error), end;
-  for (; !error && place != end && names.size() < kMostNamed; place.increment(error)) {
-    const std::string name = place->path().filename().string();
-    if (exists(folder + "/" + name + "/" + kConfigFile)) names.push_back(name);
+  try {
+    for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+      const std::string name = entry.path().filename().string();
+      if (exists(folder + "/" + name + "/" + kConfigFile)) names.push_back(name);
+      if (names.size() == kMostNamed) break;
+    }
+  } catch (const std::filesystem::filesystem_error&) {
+    return {};  // only advice: what is wrong is said elsewhere
   }
   std::sort(names.begin(), names.end());
   std::string text;
@@ -46,8 +48,10 @@ std::string adapter_folder(const std::string& root, const std::string& adapter_n
 
 std::string find_adapter(const std::string& root, const std::string& adapter_name) {
   const std::string folder = adapter_folder(root, adapter_name);
-  require(folder == root || !is_folder(root) || is_folder(folder), Errc::not_found,
-          shown_path(root), ": no adapter ", in_quotes(adapter_name), named_adapters(root));
+  if (folder != root && is_folder(root) && !is_folder(folder)) {
+    fail(Errc::not_found, shown_path(root), ": no adapter ", in_quotes(adapter_name),
+         named_adapters(root));
+  }
   return folder;
 }
 

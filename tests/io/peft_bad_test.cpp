@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Folders with one fault each, and folders of methods that cannot be read.
-#include <algorithm>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <regex>
 #include <set>
-#include <sstream>
 
 #include "mole/io/peft.hpp"
 #include "support/catch.hpp"
