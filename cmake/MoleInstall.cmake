@@ -35,6 +35,12 @@ foreach(component IN ITEMS compiled header_only)
   endif()
 endforeach()
 
+if(TARGET mole_inspect)
+  file(RELATIVE_PATH up "${CMAKE_INSTALL_FULL_BINDIR}" "${CMAKE_INSTALL_FULL_LIBDIR}")
+  set_target_properties(mole_inspect PROPERTIES INSTALL_RPATH "$ORIGIN/${up}")
+  install(TARGETS mole_inspect)
+endif()
+
 # A shared library has its dependencies inside; the users of a static one link them.
 set(header_only_dependencies Eigen3)
 if(mole_openmp)

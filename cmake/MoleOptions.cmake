@@ -6,6 +6,7 @@ include_guard()
 option(MOLE_BUILD_TESTS "Build the tests" ${PROJECT_IS_TOP_LEVEL})
 option(MOLE_BUILD_BENCHMARKS "Build the benchmarks" ${PROJECT_IS_TOP_LEVEL})
 option(MOLE_BUILD_EXAMPLES "Build the examples" ${PROJECT_IS_TOP_LEVEL})
+option(MOLE_BUILD_TOOLS "Build the programs that are installed" ${PROJECT_IS_TOP_LEVEL})
 
 # A project that embeds the library usually does not want to install it.
 option(MOLE_INSTALL "Create install rules" ${PROJECT_IS_TOP_LEVEL})

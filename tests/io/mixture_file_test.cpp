@@ -33,6 +33,7 @@ namespace {
 using TopKRagged = mole::Mixture<mole::TopKRouter<float>, mole::LoraBank<float>>;
 using TopKHalf = mole::Mixture<mole::TopKRouter<float>, mole::LoraBank<float, bf16>>;
 using DenseShared = mole::Mixture<mole::DenseRouter<double>, mole::SharedDownBank<double>>;
+using GivenShared = mole::Mixture<mole::GivenRouter<float>, mole::SharedUpBank<float>>;
 using Linear = mole::AdaptedLinear<DenseShared>;
 
 constexpr Index kIn = 13, kOut = 7, kTokens = 11;
@@ -63,6 +64,11 @@ DenseShared make_layer() {
 template <>
 Linear make_layer() {
   return Linear(make_layer<DenseShared>(), {.fan_in_fan_out = true});
+}
+template <>
+GivenShared make_layer() {
+  return {mole::GivenRouter<float>({.width = kIn, .experts = 2}),
+          mole::SharedUpBank<float>({.in = kIn, .out = kOut, .rank = 3, .scale = {1, 2}})};
 }
 template <>
 mole::Lora<float> make_layer() {
@@ -268,6 +274,11 @@ TEST_CASE("the file has the documented names, shapes, types and metadata") {
         R"("mixture":{"kind":"mixture","router":{"kind":"dense","width":13,"experts":3,)"
         R"("temperature":0.7,"bias":false},"experts":{"kind":"shared_down_bank","in":13,"out":7,)"
         R"("rank":3,"scale":[0.1,2.0,3.0]}}},"optional_tensors":["bias"]}]})");
+  names.clear();
+  const Pieces shared = pieces_of<GivenShared>("");
+  for (const auto& [name, tensor] : shared.tensors) names += name + " ";
+  CHECK(names == "experts.0.down experts.1.down experts.up ");
+  CHECK(load_error<GivenShared>(pieces_of<GivenShared>("g")) == "nothing");
   CHECK(pieces_of<TopKHalf>().tensors.at("a.experts.1.up").dtype == mole::Dtype::bf16);
 }
 
