@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // Routers in which tokens compete: capacities, expert choice, balanced assignment.
-#include <numeric>
 #include <string>
 #include <vector>
 
@@ -65,30 +64,6 @@ void switch_router(Case<T>& c) {
 GOLDEN_KIND("router.switch", switch_router);
 GOLDEN_KIND("router.mixlora_switch", switch_router);
 
-/// Places of the kept slots: those of `first` come before the others of the same expert.
-template <class T, class First>
-MatView<T> locations(Case<T>& c, const mole::Routing<T>& routing, const std::vector<Index>& order,
-                     First first) {
-  const MatView<T> location = golden::zeros(c, routing.tokens, routing.experts);
-  std::fill_n(location.data, location.size(), T(-1));
-  std::vector<int> used(static_cast<std::size_t>(routing.experts));
-  for (const bool of_first : {true, false}) {
-    for (const Index t : order) {
-      for (Index s = routing.token_begin[t]; s < routing.token_begin[t + 1]; ++s) {
-        const Index e = routing.expert[s];
-        if (first(t, e) == of_first) location(t, e) = static_cast<T>(used[e]++);
-      }
-    }
-  }
-  return location;
-}
-
-std::vector<Index> ascending(Index count) {
-  std::vector<Index> order(static_cast<std::size_t>(count));
-  std::iota(order.begin(), order.end(), Index{0});
-  return order;
-}
-
 mole::SecondChoice second_choice(const std::string& name) {
   if (name == "all") return mole::SecondChoice::all;
   if (name == "none") return mole::SecondChoice::none;
@@ -122,12 +97,12 @@ void top2_capacity(Case<T>& c) {
     const auto row = run.tape.prob.row(t);
     return std::max_element(row.begin(), row.end());
   };
-  std::vector<Index> order = ascending(run.routing.tokens);
+  std::vector<Index> order = golden::ascending(run.routing.tokens);
   if (by_gate) {
     std::stable_sort(order.begin(), order.end(),
                      [&](Index a, Index b) { return *best(a) > *best(b); });
   }
-  c.expect("out.location", locations(c, run.routing, order, [&](Index t, Index e) {
+  c.expect("out.location", golden::locations(c, run.routing, order, [&](Index t, Index e) {
              return best(t) - run.tape.prob.row(t).begin() == e;
            }));
   finish<T>(run);
@@ -158,8 +133,8 @@ void top_k_capacity(Case<T>& c) {
               .bias = c.has("param.router.bias")}),
       golden::router_weights(c, experts(c)), buffers, {.x = golden::router_input(c)});
   run.expect_decision();
-  c.expect("out.location", locations(c, run.routing, ascending(run.routing.tokens),
-                                     [](Index, Index) { return true; }));
+  c.expect("out.location", golden::locations(c, run.routing, golden::ascending(run.routing.tokens),
+                                             [](Index, Index) { return true; }));
   finish<T>(run);
 }
 GOLDEN_KIND("router.top_k_capacity", top_k_capacity);

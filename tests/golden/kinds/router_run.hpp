@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -47,6 +48,30 @@ inline std::vector<std::int32_t> equal_sequences(Index tokens, Index sequences) 
     begin.push_back(static_cast<std::int32_t>(tokens * s / sequences));
   }
   return begin;
+}
+
+/// Places of the kept slots: those of `first` come before the others of the same expert.
+template <class T, class First>
+MatView<T> locations(Case<T>& c, const mole::Routing<T>& routing, const std::vector<Index>& order,
+                     First first) {
+  const MatView<T> location = zeros(c, routing.tokens, routing.experts);
+  std::fill_n(location.data, location.size(), T(-1));
+  std::vector<int> used(static_cast<std::size_t>(routing.experts));
+  for (const bool of_first : {true, false}) {
+    for (const Index t : order) {
+      for (Index s = routing.token_begin[t]; s < routing.token_begin[t + 1]; ++s) {
+        const Index e = routing.expert[s];
+        if (first(t, e) == of_first) location(t, e) = static_cast<T>(used[e]++);
+      }
+    }
+  }
+  return location;
+}
+
+inline std::vector<Index> ascending(Index count) {
+  std::vector<Index> order(static_cast<std::size_t>(count));
+  std::iota(order.begin(), order.end(), Index{0});
+  return order;
 }
 
 template <class Router>

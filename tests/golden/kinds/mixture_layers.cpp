@@ -1,0 +1,404 @@
+// SPDX-License-Identifier: Apache-2.0
+// layer.*: every router with LoRA experts on a linear map with a frozen weight.
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "golden/golden.hpp"
+#include "golden/kinds/router_run.hpp"
+#include "mole/experts/lora_bank.hpp"
+#include "mole/layers/adapted_linear.hpp"
+#include "mole/losses/balance.hpp"
+#include "mole/losses/entropy.hpp"
+#include "mole/losses/importance.hpp"
+#include "mole/losses/shifted_balance.hpp"
+#include "mole/losses/soft_balance.hpp"
+#include "mole/losses/sparsity.hpp"
+#include "mole/routers/deepseek.hpp"
+#include "mole/routers/dense.hpp"
+#include "mole/routers/expert_choice.hpp"
+#include "mole/routers/gshard.hpp"
+#include "mole/routers/hash.hpp"
+#include "mole/routers/sigmoid.hpp"
+#include "mole/routers/switch.hpp"
+#include "mole/routers/threshold.hpp"
+#include "mole/routers/top_p.hpp"
+#include "mole/routers/tsallis.hpp"
+#include "mole/routers/unit.hpp"
+
+namespace {
+
+using golden::Case;
+using mole::Index;
+using mole::MatView;
+
+/// Experts of two tensors A [experts, rank, in] and B [experts, out, rank].
+template <class T>
+class Experts {
+ public:
+  Experts(Case<T>& c, const std::string& prefix)
+      : c_(c), prefix_(prefix), a_(c.matrix(prefix + "A")), b_(c.matrix(prefix + "B")) {
+    const Index count = c.extent(prefix + "A", 0), rank = b_.cols;
+    config.in = a_.cols;
+    config.out = c.extent(prefix + "B", 1);
+    config.rank.assign(static_cast<std::size_t>(count), rank);
+    const auto scale = c.template config<double>("alpha") / static_cast<double>(rank);
+    config.scale.assign(static_cast<std::size_t>(count), static_cast<T>(scale));
+    da_ = golden::zeros(c, a_.rows, a_.cols);
+    db_ = golden::zeros(c, b_.rows, b_.cols);
+    for (Index e = 0; e < count; ++e) {
+      down_.push_back(a_.row_block(e * rank, rank).data);
+      up_.push_back(b_.row_block(e * config.out, config.out).data);
+      d_down_.push_back(da_.row_block(e * rank, rank).data);
+      d_up_.push_back(db_.row_block(e * config.out, config.out).data);
+    }
+  }
+
+  mole::LoraBankParams<const T> weights() const {
+    return {config.in, config.out, config.rank, down_, up_, {}};
+  }
+  mole::LoraBankParams<T> gradient() const {
+    return {config.in, config.out, config.rank, d_down_, d_up_, {}};
+  }
+  void expect_gradient() {
+    c_.expect("grad." + prefix_ + "A", da_);
+    c_.expect("grad." + prefix_ + "B", db_);
+  }
+
+  typename mole::LoraBank<T>::Config config;
+
+ private:
+  Case<T>& c_;
+  std::string prefix_;
+  MatView<const T> a_, b_;
+  MatView<T> da_, db_;
+  std::vector<const T*> down_, up_;
+  std::vector<T*> d_down_, d_up_;
+};
+
+/// One layer on one case; the router's own answers and losses come in between.
+template <class Router>
+class LayerRun {
+ public:
+  using T = typename Router::Scalar;
+  using Mixture = mole::Mixture<Router, mole::LoraBank<T>>;
+  using Layer = mole::AdaptedLinear<Mixture>;
+
+  LayerRun(Case<T>& c, const Router& router,
+           const typename Router::template Params<const T>& params,
+           const typename Router::Buffers& buffers = {}, const mole::Tokens<T>& tokens = {})
+      : c_(c),
+        experts_(c, "param."),
+        layer_(Mixture(router, mole::LoraBank<T>(experts_.config))),
+        buffers_(buffers),
+        input_(c.matrix("in.x")) {
+    input_.sequence_begin = tokens.sequence_begin;
+    input_.ids = tokens.ids;
+    weights_.weight = c.matrix("param.weight");
+    if (c.has("param.bias")) weights_.bias = c.matrix("param.bias");
+    weights_.mixture = {params, experts_.weights()};
+    const Index count = input_.x.rows;
+    tape = layer_.make_tape(c.memory(), count);
+    d_tape = layer_.router().make_tape(c.memory(), count);
+    mole::params::zero(d_tape);
+    y = golden::zeros(c, count, layer_.output_width());
+    dx = golden::zeros(c, count, input_.x.cols);
+    std::fill_n(y.data, y.size(), std::numeric_limits<T>::quiet_NaN());
+    const auto prepared = layer_.prepare(weights_, c.memory());
+    layer_.forward(prepared, buffers_, input_, {}, y, {}, &tape, c.context());
+    routing = tape.routing.view();
+    grad.mixture.router = router.make_params(c.memory());
+    mole::params::zero(grad.mixture.router);
+    grad.mixture.experts = experts_.gradient();
+    expect_decision();
+  }
+
+  /// The gate is dense in the case.
+  void expect_decision() {
+    const MatView<T> gate = golden::zeros(c_, routing.tokens, routing.experts);
+    const MatView<T> mask = golden::zeros(c_, routing.tokens, routing.experts);
+    for (Index t = 0; t < routing.tokens; ++t) {
+      for (Index s = routing.token_begin[t]; s < routing.token_begin[t + 1]; ++s) {
+        gate(t, routing.expert[s]) = routing.gate[s];
+        mask(t, routing.expert[s]) = T(1);
+      }
+    }
+    c_.expect("out.gate", gate);
+    if (c_.has("out.mask")) c_.expect("out.mask", mask);
+    c_.expect("out.logits", tape.router.logits);
+  }
+
+  void finish(const golden::LinearParams<T>& head) {
+    c_.expect("out.y", y);
+    layer_.backward(weights_, buffers_, tape, input_, {}, c_.matrix("in.dy"), d_tape, {}, {.x = dx},
+                    grad, {}, c_.context());
+    c_.expect("grad.in.x", dx);
+    c_.expect("grad.param.router.weight", head.weight);
+    experts_.expect_gradient();
+  }
+
+ private:
+  Case<T>& c_;
+  Experts<T> experts_;
+  Layer layer_;
+  typename Router::Buffers buffers_;
+  mole::LayerInput<T> input_;
+  typename Layer::Weights weights_{};
+
+ public:
+  typename Layer::Tape tape;
+  typename Layer::RouterTape d_tape;
+  typename Layer::template Params<T> grad{};
+  MatView<T> y, dx;
+  mole::Routing<T> routing;
+};
+
+template <class T>
+Index width(Case<T>& c) {
+  return c.extent("in.x", 1);
+}
+
+template <class T>
+Index experts(Case<T>& c) {
+  return c.extent("param.A", 0);
+}
+
+template <class T>
+T number(Case<T>& c, const char* key) {
+  return c.template config<T>(key);
+}
+
+template <class T>
+golden::LinearParams<const T> head(Case<T>& c) {
+  return golden::router_weights(c, experts(c));
+}
+
+template <class T>
+void dynamic_moe(Case<T>& c) {
+  LayerRun<mole::TopPRouter<T>> run(
+      c,
+      mole::TopPRouter<T>({.width = width(c), .experts = experts(c), .top_p = number(c, "top_p")}),
+      head(c));
+  run.finish(run.grad.mixture.router);
+}
+GOLDEN_KIND("layer.dynamic_moe", dynamic_moe);
+
+template <class T>
+void dynmole(Case<T>& c) {
+  const mole::Entropy<T> how{mole::EntropyKind::tsallis, number(c, "entropy_index"),
+                             number(c, "entropy_eps"), true};
+  LayerRun<mole::TsallisRouter<T>> run(
+      c,
+      mole::TsallisRouter<T>({.width = width(c),
+                              .experts = experts(c),
+                              .top_p = number(c, "top_p"),
+                              .keep_top_k = c.template config<Index>("keep_top_k"),
+                              .entropy_index = how.index,
+                              .entropy_threshold = number(c, "entropy_threshold"),
+                              .entropy_epsilon = how.epsilon}),
+      head(c));
+  std::vector<std::uint8_t> mask;
+  if (c.has("in.mask")) mask = c.mask("in.mask");
+  const MatView<const T> prob = run.tape.router.prob;
+  const T weight = number(c, "loss_weight");
+  const T entropy = number(c, "dyn_coef"), balance = number(c, "aux_coef");
+  const double epsilon = mask.empty() ? 0 : 1e-8;
+  using SoftLayer = mole::SoftBalancedLayer<T>;
+  const SoftLayer value[] = {{run.routing, prob, {}, {}}};
+  const SoftLayer layer[] = {{run.routing, prob, run.d_tape.gate.row(0), run.d_tape.prob}};
+  T loss = mole::entropy_loss<T>({entropy, how}, prob, {}, c.context());
+  loss += mole::soft_balance_loss<T>(balance, value, c.context(), {mask}, epsilon);
+  c.expect("out.loss", loss);
+  mole::entropy_loss<T>({weight * entropy, how}, prob, run.d_tape.prob, c.context());
+  mole::soft_balance_loss<T>(weight * balance, layer, c.context(), {mask}, epsilon);
+  run.finish(run.grad.mixture.router);
+}
+GOLDEN_KIND("layer.dynmole", dynmole);
+
+template <class T>
+void loramoe(Case<T>& c) {
+  LayerRun<mole::DenseRouter<T>> run(
+      c, mole::DenseRouter<T>({.width = width(c), .experts = experts(c)}), head(c));
+  const std::vector<std::int32_t> types = c.ints("in.task_types");
+  const auto begin =
+      golden::equal_sequences(run.routing.tokens, c.template config<Index>("sequences"));
+  mole::LocalisedBalance<T> loss{number(c, "blc_weight"), number(c, "blc_alpha"), types, begin};
+  const MatView<const T> prob = run.tape.router.prob;
+  const bool on = loss.weight != T(0);
+  c.expect("out.loss", on ? mole::localised_balance_loss<T>(loss, prob, {}, c.context()) : T(0));
+  loss.weight *= number(c, "loss_weight");
+  if (on) mole::localised_balance_loss<T>(loss, prob, run.d_tape.prob, c.context());
+  run.finish(run.grad.mixture.router);
+}
+GOLDEN_KIND("layer.loramoe", loramoe);
+
+template <class T>
+void mole_threshold(Case<T>& c) {
+  LayerRun<mole::ThresholdRouter<T>> run(
+      c,
+      mole::ThresholdRouter<T>(
+          {.width = width(c), .experts = experts(c), .threshold = number(c, "threshold")}),
+      head(c));
+  mole::BalanceLoss<T> loss{.count_zero_gates = true};
+  const MatView<const T> prob = run.tape.router.prob;
+  c.expect("out.loss", mole::balance_loss<T>(loss, run.routing, prob, {}, c.context()));
+  loss.weight = number(c, "loss_weight");
+  mole::balance_loss<T>(loss, run.routing, prob, run.d_tape.prob, c.context());
+  run.finish(run.grad.mixture.router);
+}
+GOLDEN_KIND("layer.mole_threshold", mole_threshold);
+
+template <class T>
+void adamole(Case<T>& c) {
+  using Router = mole::LearnedThresholdRouter<T>;
+  const Router router(
+      {.width = width(c), .experts = experts(c), .max_threshold = number(c, "max_threshold")});
+  LayerRun<Router> run(
+      c, router, {head(c), {c.matrix("param.threshold.weight"), c.matrix("param.threshold.bias")}});
+  const auto& tape = run.tape.router;
+  std::vector<T> tau, dtau(static_cast<std::size_t>(run.routing.tokens));
+  for (Index t = 0; t < run.routing.tokens; ++t) {
+    tau.push_back(router.rule().threshold(tape.side(t, 0)));
+  }
+  const MatView<const T> prob = tape.prob;
+  c.expect("out.threshold", tau);
+  c.expect("out.loss", mole::shifted_balance_loss<T>(1, prob, tau, {}, {}, c.context()));
+  mole::shifted_balance_loss<T>(number(c, "loss_weight"), prob, tau, run.d_tape.prob, dtau,
+                                c.context());
+  for (Index t = 0; t < run.routing.tokens; ++t) {
+    run.d_tape.side(t, 0) += dtau[t] * router.rule().threshold_slope(tape.side(t, 0));
+  }
+  const auto& grad = run.grad.mixture.router;
+  run.finish(grad.router);
+  c.expect("grad.param.threshold.weight", grad.side.weight);
+  c.expect("grad.param.threshold.bias", grad.side.bias);
+}
+GOLDEN_KIND("layer.adamole", adamole);
+
+template <class T>
+void relu(Case<T>& c) {
+  LayerRun<mole::ReluRouter<T>> run(
+      c, mole::ReluRouter<T>({.width = width(c), .experts = experts(c)}), head(c));
+  mole::SparsityLoss<T> loss{number(c, "l1_coef"), number(c, "target_k"), true};
+  const MatView<const T> prob = run.tape.router.prob;
+  c.expect("out.loss", mole::sparsity_loss<T>(loss, prob, {}, c.context()));
+  loss.weight *= number(c, "loss_weight");
+  mole::sparsity_loss<T>(loss, prob, run.d_tape.prob, c.context());
+  run.finish(run.grad.mixture.router);
+}
+GOLDEN_KIND("layer.relu", relu);
+
+template <class T>
+void hash(Case<T>& c) {
+  using Router = mole::ScoredHashRouter<T>;
+  const std::vector<std::int32_t> ids = c.ints("in.ids"), table = c.ints("in.table");
+  typename Router::Buffers buffers;
+  buffers.table = {table.data(), c.extent("in.table", 0), c.extent("in.table", 1)};
+  const bool sigmoid = c.template config<std::string>("score") == "sigmoid";
+  LayerRun<Router> run(c,
+                       Router({.width = width(c),
+                               .experts = experts(c),
+                               .k = c.template config<Index>("k"),
+                               .score = sigmoid ? mole::Score::sigmoid : mole::Score::sqrt_softplus,
+                               .renorm_epsilon = number(c, "renorm_eps"),
+                               .scale = number(c, "scale")}),
+                       head(c), buffers, {.x = c.matrix("in.x"), .ids = ids});
+  run.finish(run.grad.mixture.router);
+}
+GOLDEN_KIND("layer.hash", hash);
+
+template <class T>
+void switch_layer(Case<T>& c) {
+  const auto begin =
+      golden::equal_sequences(c.extent("in.x", 0), c.template config<Index>("sequences"));
+  LayerRun<mole::SwitchRouter<T>> run(
+      c,
+      mole::SwitchRouter<T>({.width = width(c),
+                             .experts = experts(c),
+                             .capacity = c.template config<Index>("capacity")}),
+      head(c), {}, {.x = c.matrix("in.x"), .sequence_begin = begin});
+  run.finish(run.grad.mixture.router);
+}
+GOLDEN_KIND("layer.switch", switch_layer);
+
+template <class T>
+void expert_choice(Case<T>& c) {
+  const bool selected = c.template config<std::string>("score") == "softmax_selected";
+  LayerRun<mole::ExpertChoiceRouter<T>> run(
+      c,
+      mole::ExpertChoiceRouter<T>({.width = width(c),
+                                   .experts = experts(c),
+                                   .capacity_factor = c.template config<double>("capacity_factor"),
+                                   .score = selected ? mole::ExpertChoiceScore::over_selected
+                                                     : mole::ExpertChoiceScore::over_experts}),
+      head(c));
+  run.finish(run.grad.mixture.router);
+}
+GOLDEN_KIND("layer.expert_choice", expert_choice);
+
+template <class T>
+void top2_capacity(Case<T>& c) {
+  LayerRun<mole::GShardRouter<T>> run(
+      c,
+      mole::GShardRouter<T>({.width = width(c),
+                             .experts = experts(c),
+                             .capacity = c.template config<Index>("capacity"),
+                             .renormalise_before_drop = false}),
+      head(c));
+  const MatView<const T> prob = run.tape.router.prob;
+  c.expect("out.location",
+           golden::locations(c, run.routing, golden::ascending(run.routing.tokens),
+                             [&](Index t, Index e) {
+                               const auto row = prob.row(t);
+                               return std::max_element(row.begin(), row.end()) - row.begin() == e;
+                             }));
+  run.finish(run.grad.mixture.router);
+}
+GOLDEN_KIND("layer.top2_capacity", top2_capacity);
+
+/// Experts that always work, on top of y: their gradients, and their part of dx.
+template <class T>
+void add_shared_experts(Case<T>& c, MatView<T> y, MatView<T> dx) {
+  using Mixture = mole::Mixture<mole::UnitRouter<T>, mole::LoraBank<T>>;
+  Experts<T> shared(c, "param.shared.");
+  const Mixture layer(
+      mole::UnitRouter<T>({.width = width(c), .experts = c.extent("param.shared.A", 0)}),
+      mole::LoraBank<T>(shared.config));
+  const typename Mixture::Weights weights{{}, shared.weights()};
+  const mole::LayerInput<T> input(c.matrix("in.x"));
+  auto tape = layer.make_tape(c.memory(), y.rows);
+  auto d_tape = layer.router().make_tape(c.memory(), y.rows);
+  mole::params::zero(d_tape);
+  const auto prepared = layer.prepare(weights, c.memory());
+  layer.forward(prepared, {}, input, {}, y, {}, &tape, c.context());
+  typename Mixture::template Params<T> grad{{}, shared.gradient()};
+  layer.backward(weights, {}, tape, input, {}, c.matrix("in.dy"), d_tape, {}, {.x = dx}, grad, {},
+                 c.context());
+  shared.expect_gradient();
+}
+
+template <class T>
+void deepseek(Case<T>& c) {
+  using Router = mole::DeepSeekRouter<T>;
+  typename Router::Buffers buffers;
+  if (c.has("state.bias")) buffers.selection_bias = c.values("state.bias");
+  const bool sigmoid = c.template config<std::string>("score") == "sigmoid";
+  LayerRun<Router> run(c,
+                       Router({.width = width(c),
+                               .experts = experts(c),
+                               .k = c.template config<Index>("k"),
+                               .score = sigmoid ? mole::Score::sigmoid : mole::Score::softmax,
+                               .groups = c.template config<Index>("n_group"),
+                               .keep_groups = c.template config<Index>("topk_group"),
+                               .group_score_top = c.template config<Index>("group_score_top"),
+                               .fill_zero = c.template config<std::string>("group_fill") == "0",
+                               .renormalise = c.template config<bool>("renorm"),
+                               .renorm_epsilon = number(c, "renorm_eps"),
+                               .route_scale = number(c, "route_scale")}),
+                       head(c), buffers);
+  if (c.has("param.shared.A")) add_shared_experts<T>(c, run.y, run.dx);
+  run.finish(run.grad.mixture.router);
+}
+GOLDEN_KIND("layer.deepseek", deepseek);
+
+}  // namespace
