@@ -50,6 +50,17 @@ struct Layer {
   }
 };
 
+/// A Layer in a group of its own.
+template <class V>
+struct Block {
+  Layer<V> layer;
+
+  template <class F, class... P>
+  static void visit(F&& f, P&... p) {
+    mole::visit_group<Layer<V>>(Leaf{"layers", 7}, f, p.layer...);
+  }
+};
+
 constexpr Index kRows = 3, kCols = 5, kStride = 7;
 
 /// Memory of one Layer; every matrix is a window with a stride, and the gaps hold a mark.
@@ -117,6 +128,17 @@ TEST_CASE("visit names every tensor once, in order, groups included") {
   Model<float> model(1, -1);
   CHECK(paths(model.layer) == std::vector<std::string>{"weight", "experts.0.down", "experts.0.up",
                                                        "experts.1.down", "experts.1.up"});
+}
+
+TEST_CASE("groups inside groups keep all their names") {
+  const Block<float> block;
+  std::vector<std::string> paths;
+  mole::visit_group<Block<float>>(
+      Leaf{"model"}, [&](const Leaf& leaf, const auto&) { paths.push_back(leaf.path()); }, block);
+  CHECK(paths == std::vector<std::string>{"model.7.layers.weight", "model.7.layers.experts.0.down",
+                                          "model.7.layers.experts.0.up",
+                                          "model.7.layers.experts.1.down",
+                                          "model.7.layers.experts.1.up"});
 }
 
 TEST_CASE("zero clears every element and nothing between the rows") {

@@ -34,6 +34,7 @@ using TopKRagged = mole::Mixture<mole::TopKRouter<float>, mole::LoraBank<float>>
 using TopKHalf = mole::Mixture<mole::TopKRouter<float>, mole::LoraBank<float, bf16>>;
 using DenseShared = mole::Mixture<mole::DenseRouter<double>, mole::SharedDownBank<double>>;
 using GivenShared = mole::Mixture<mole::GivenRouter<float>, mole::SharedUpBank<float>>;
+using Noisy = mole::Mixture<mole::NoisyTopKRouter<float>, mole::LoraBank<float>>;
 using Linear = mole::AdaptedLinear<DenseShared>;
 
 constexpr Index kIn = 13, kOut = 7, kTokens = 11;
@@ -64,6 +65,11 @@ DenseShared make_layer() {
 template <>
 Linear make_layer() {
   return Linear(make_layer<DenseShared>(), {.fan_in_fan_out = true});
+}
+template <>
+Noisy make_layer() {
+  return {mole::NoisyTopKRouter<float>({.width = kIn, .experts = 3, .k = 2}),
+          mole::LoraBank<float>({.in = kIn, .out = kOut, .rank = {1, 2, 3}, .scale = {1, 2, 3}})};
 }
 template <>
 GivenShared make_layer() {
@@ -192,7 +198,7 @@ constexpr auto kTwoNames = [](auto&& add) {
 }  // namespace
 
 TEMPLATE_TEST_CASE("what is saved and loaded computes the same bits", "", TopKRagged, TopKHalf,
-                   DenseShared, Linear, mole::Lora<float>) {
+                   DenseShared, Linear, Noisy, mole::Lora<float>) {
   const auto layer = make_layer<TestType>();
   const auto weights = random_weights(layer);
   const mole::test::TemporaryFolder folder;
@@ -274,6 +280,10 @@ TEST_CASE("the file has the documented names, shapes, types and metadata") {
         R"("mixture":{"kind":"mixture","router":{"kind":"dense","width":13,"experts":3,)"
         R"("temperature":0.7,"bias":false},"experts":{"kind":"shared_down_bank","in":13,"out":7,)"
         R"("rank":3,"scale":[0.1,2.0,3.0]}}},"optional_tensors":["bias"]}]})");
+  const Pieces noisy = pieces_of<Noisy>("n");
+  CHECK(noisy.tensors.contains("n.router.router.weight"));
+  CHECK(noisy.tensors.contains("n.router.side.weight"));
+  CHECK(load_error<Noisy>(noisy) == "nothing");
   names.clear();
   const Pieces shared = pieces_of<GivenShared>("");
   for (const auto& [name, tensor] : shared.tensors) names += name + " ";

@@ -34,12 +34,21 @@ struct Leaf {
   }
 };
 
-/// Visits the members of `part` (the same member of several structs) below a group name.
+/// Visits the members of `part` (the same member of several structs) below a group name. Groups
+/// may have groups inside, four deep.
 template <class Part, class F, class... P>
 void visit_group(const Leaf& group, F&& f, P&... parts) {
   Part::visit(
       [&](Leaf leaf, auto&&... views) {
-        leaf.group = &group;
+        Leaf chain[4];  // copies of the groups that the leaf is in, the nearest first
+        Leaf* last = &leaf;
+        for (Leaf* next = chain; last->group != nullptr; ++next) {
+          require(next != chain + 4, Errc::internal, "parameters are grouped more than four deep");
+          *next = *last->group;
+          last->group = next;
+          last = next;
+        }
+        last->group = &group;
         f(leaf, views...);
       },
       parts...);
