@@ -9,8 +9,8 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <climits>
 #include <cstdlib>
-#include <memory>
 #include <system_error>
 #include <utility>
 
@@ -122,9 +122,11 @@ NewFile::~NewFile() {
 void NewFile::open_folder(const std::string& path) {
   std::string target = path;
   if (is_link(path)) {
-    const std::unique_ptr<char, void (*)(void*)> real(::realpath(path.c_str(), nullptr), ::free);
-    if (real == nullptr) refuse(shown_, "following the symbolic link", errno);
-    target = real.get();
+    char real[PATH_MAX];
+    if (::realpath(path.c_str(), real) == nullptr) {
+      refuse(shown_, "following the symbolic link", errno);
+    }
+    target = real;
   }
   const std::size_t start = target.rfind('/') + 1;
   name_ = target.substr(start);

@@ -63,3 +63,45 @@ TEST_CASE("the allocation counter sees other threads", "[support]") {
   std::thread([&] { seen = allocations_of(fill_a_vector); }).join();
   CHECK(seen == 1);
 }
+
+TEST_CASE("the allocation counter knows what is live, and its peak", "[support]") {
+  const long live = test::live_allocations(), bytes = test::live_bytes();
+  test::reset_peak();
+  {
+    auto large = std::make_unique<char[]>(100'000);
+    sink = large.get();
+    CHECK(test::live_allocations() == live + 1);
+    CHECK(test::live_bytes() >= bytes + 100'000);
+    large.reset();
+    large = std::make_unique<char[]>(1000);
+    sink = large.get();
+    CHECK(test::live_bytes() < bytes + 100'000);
+    CHECK(test::peak_bytes() >= bytes + 100'000);
+    CHECK(test::peak_bytes() < bytes + 200'000);
+  }
+  CHECK(test::live_allocations() == live);
+  CHECK(test::live_bytes() == bytes);
+}
+
+TEST_CASE("allocations fail when they are told to, once or for ever", "[support]") {
+  const auto failures = [](long n, bool for_ever) {
+    int failed = 0;
+    const test::FailingAllocations failing(n, for_ever);
+    for (int i = 0; i < 4; ++i) {
+      void* block = ::operator new(8, std::nothrow);
+      sink = block;
+      failed += block == nullptr;
+      ::operator delete(block);
+    }
+    return failing.came() ? failed : -1;
+  };
+  CHECK(failures(1, false) == 1);
+  CHECK(failures(4, false) == 1);
+  CHECK(failures(5, false) == -1);
+  CHECK(failures(1, true) == 4);
+  CHECK(failures(3, true) == 2);
+  CHECK(failures(5, true) == -1);
+  void* block = ::operator new(8);
+  CHECK(block != nullptr);
+  ::operator delete(block);
+}
