@@ -121,14 +121,39 @@ constexpr MatView<T> as_row(std::span<T> elements) noexcept {
   return {elements.data(), 1, static_cast<Index>(elements.size())};
 }
 
-/// Throws shape_mismatch unless `view` is rows x cols with stride >= cols and has memory.
-/// The message reads "y: expected [32, 512], got [32, 511]".
+/// Throws shape_mismatch unless `view` is rows x cols; invalid_argument unless it has memory,
+/// aligned for its elements, and stride >= cols. The message reads "y: expected [32, 512], got [32,
+/// 511]".
 template <class T>
 void require_shape(std::string_view what, MatView<T> view, Index rows, Index cols) {
   require(view.rows == rows && view.cols == cols, Errc::shape_mismatch, what, ": expected [", rows,
           ", ", cols, "], got [", view.rows, ", ", view.cols, "]");
   require(view.empty() || (view.data != nullptr && view.stride >= cols), Errc::invalid_argument,
           what, ": needs memory and a row stride of at least ", cols, ", got stride ", view.stride);
+  const std::size_t off = reinterpret_cast<std::uintptr_t>(view.data) % alignof(T);
+  require(view.empty() || off == 0, Errc::invalid_argument, what, ": its memory lies ", off,
+          " bytes off the alignment of its elements, ", alignof(T));
+}
+
+/// Throws invalid_argument if writing `output` could change `input`. Views of equal stride may
+/// share rows as long as their columns are apart; other views must not share a range of memory.
+template <class T>
+void require_apart(std::string_view output_name, MatView<T> output, std::string_view input_name,
+                   MatView<const T> input) {
+  if (output.empty() || input.empty()) return;
+  const auto bytes = [](const auto& view) {
+    return ((view.rows - 1) * view.stride + view.cols) * static_cast<Index>(sizeof(T));
+  };
+  const auto out = reinterpret_cast<std::intptr_t>(output.data);
+  const auto in = reinterpret_cast<std::intptr_t>(input.data);
+  if (out + bytes(output) <= in || in + bytes(input) <= out) return;
+  const Index shift = (in - out) / static_cast<Index>(sizeof(T)) % output.stride;
+  const Index first = shift < 0 ? shift + output.stride : shift;  // column of `output` input is at
+  const bool same_rows = output.stride == input.stride;
+  if (same_rows && first >= output.cols && first + input.cols <= output.stride) return;
+  fail(Errc::invalid_argument, output_name, ": overlaps ", input_name, ": ", output_name, " has ",
+       bytes(output), " bytes, ", input_name, " has ", bytes(input), " bytes and starts ", in - out,
+       " bytes after it");
 }
 
 }  // namespace mole::inline MOLE_ABI

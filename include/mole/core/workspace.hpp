@@ -3,7 +3,9 @@
 // gives back everything taken inside it, a ByteCounter answers how large the block must be.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <new>
 #include <span>
@@ -23,28 +25,40 @@ constexpr std::size_t aligned_bytes(std::size_t bytes) noexcept {
   return (bytes + kAlignment - 1) / kAlignment * kAlignment;
 }
 
+/// a * b for sizes that are not negative; the largest Index where that overflows.
+constexpr Index saturating_product(Index a, Index b) noexcept {
+  Index product = 0;
+  return __builtin_mul_overflow(a, b, &product) ? std::numeric_limits<Index>::max() : product;
+}
+
 /// Same `take` as Workspace, but only counts. A layout written once as a function of either one
 /// gives both the size and the pieces.
 class ByteCounter {
  public:
   template <class T>
   std::span<T> take(Index count) noexcept {
-    bytes_ += aligned_bytes(static_cast<std::size_t>(count) * sizeof(T));
+    const auto wanted = static_cast<std::size_t>(count);
+    const bool fits = wanted <= kTooMany / sizeof(T);
+    bytes_ = fits ? bytes_ + aligned_bytes(wanted * sizeof(T)) : kTooMany;
+    if (bytes_ > kTooMany) bytes_ = kTooMany;
     return {};
   }
   template <class T>
   MatView<T> take(Index rows, Index cols) noexcept {
-    take<T>(rows * cols);
+    take<T>(saturating_product(rows, cols));
     return {nullptr, rows, cols};
   }
-  /// Bytes a Workspace needs, whatever the alignment of its memory.
+  /// Bytes a Workspace needs, whatever the alignment of its memory. Sizes that no machine has come
+  /// out as 2^56, so that sums of answers do not overflow and no allocator grants them.
   std::size_t bytes() const noexcept { return bytes_ == 0 ? 0 : bytes_ + kAlignment; }
 
  private:
+  static constexpr std::size_t kTooMany = std::size_t{1} << 56;
   std::size_t bytes_ = 0;
 };
 
-/// Bump arena over caller memory.
+/// Bump arena over caller memory. Serves one call at a time: while a Frame is open, only its thread
+/// may open another.
 class Workspace {
  public:
   Workspace() = default;
@@ -69,16 +83,17 @@ class Workspace {
   }
   template <class T>
   MatView<T> take(Index rows, Index cols) {
-    return {take<T>(rows * cols).data(), rows, cols};
+    return {take<T>(saturating_product(rows, cols)).data(), rows, cols};
   }
 
   std::size_t free_bytes() const noexcept { return memory_.size() - used_; }
 
-  /// Gives back at its end everything taken since its start.
+  /// Gives back at its end everything taken since its start. Throws state_error while another
+  /// thread has a frame open.
   class Frame {
    public:
-    explicit Frame(Workspace& workspace) noexcept : owner_(workspace), mark_(workspace.used_) {}
-    ~Frame() { owner_.used_ = mark_; }
+    explicit Frame(Workspace& workspace) : owner_(workspace), mark_(workspace.enter()) {}
+    ~Frame() { owner_.leave(mark_); }
     Frame(const Frame&) = delete;
     Frame& operator=(const Frame&) = delete;
 
@@ -88,8 +103,38 @@ class Workspace {
   };
 
  private:
+  /// The thread with open frames, and how many. A copy of a workspace starts without.
+  struct User {
+    User() = default;
+    User(const User&) noexcept {}
+    User& operator=(const User&) noexcept { return *this; }
+    const void* thread = nullptr;
+    int frames = 0;
+  };
+  static const void* this_thread() noexcept {
+    static thread_local const char mark = 0;
+    return &mark;
+  }
+  std::size_t enter() {
+    const void* thread = nullptr;
+    const bool was_free =
+        std::atomic_ref(user_.thread)
+            .compare_exchange_strong(thread, this_thread(), std::memory_order_acquire,
+                                     std::memory_order_relaxed);
+    require(was_free || thread == this_thread(), Errc::state_error,
+            "workspace: another thread is using it, it serves one call at a time");
+    ++user_.frames;
+    return used_;
+  }
+  void leave(std::size_t mark) noexcept {
+    used_ = mark;
+    if (--user_.frames > 0) return;
+    std::atomic_ref(user_.thread).store(nullptr, std::memory_order_release);
+  }
+
   std::span<std::byte> memory_;
   std::size_t used_ = 0;
+  User user_;
 };
 
 /// Owning, movable memory for everyday use.

@@ -206,11 +206,16 @@ LoraBank<T, W>::LoraBank(Config config) : config_(std::move(config)), rank_begin
           config_.in);
   require(config_.out > 0, Errc::invalid_argument, "LoraBank: out must be positive, got ",
           config_.out);
+  constexpr Index kLimit = Index{1} << 31;  // so that products of two sizes fit
+  require(config_.in <= kLimit && config_.out <= kLimit, Errc::limit_exceeded, "LoraBank: in ",
+          config_.in, " and out ", config_.out, ", the limit is ", kLimit);
   require(!config_.rank.empty(), Errc::invalid_argument, "LoraBank: rank must name an expert");
   require(config_.rank.size() == config_.scale.size(), Errc::invalid_argument,
           "LoraBank: rank has ", config_.rank.size(), " experts, scale has ", config_.scale.size());
   for (const Index rank : config_.rank) {
     require(rank >= 0, Errc::invalid_argument, "LoraBank: rank must not be negative, got ", rank);
+    require(rank <= kLimit - rank_begin_.back(), Errc::limit_exceeded,
+            "LoraBank: the ranks add up to more than ", kLimit);
     rank_begin_.push_back(rank_begin_.back() + rank);
     largest_rank_ = std::max(largest_rank_, rank);
   }

@@ -78,7 +78,9 @@ class Mixture {
   const B& experts() const noexcept { return experts_; }
   Index input_width() const noexcept { return experts_.input_width(); }
   Index output_width() const noexcept { return experts_.output_width(); }
-  Index max_slots(Index max_tokens) const noexcept { return max_tokens * router_.max_per_token(); }
+  Index max_slots(Index max_tokens) const noexcept {
+    return saturating_product(max_tokens, router_.max_per_token());
+  }
 
   std::size_t prepared_bytes() const noexcept;
   std::size_t scratch_bytes(Index max_tokens, int workers) const noexcept;
@@ -97,8 +99,8 @@ class Mixture {
   void apply(const Prepared& prepared, const LayerInput<T>& input, const Routing<T>& routing,
              MatView<T> y, typename B::Tape* tape, const Context& context) const;
 
-  /// What `apply` checks before it writes: throws shape_mismatch, or out_of_memory if the scratch
-  /// is too small for the experts.
+  /// What `apply` checks before it writes: throws shape_mismatch, invalid_argument if y overlaps x,
+  /// or out_of_memory if the scratch is too small for the experts.
   void check_apply(const LayerInput<T>& input, const Routing<T>& routing, MatView<T> y,
                    const Context& context) const;
 
@@ -220,6 +222,7 @@ void Mixture<R, B>::check_apply(const LayerInput<T>& input, const Routing<T>& ro
           experts_.experts(), " experts, got ", routing.experts);
   require_shape("x", input.x, routing.tokens, input_width());
   require_shape("y", y, routing.tokens, output_width());
+  require_apart("y", y, "x", input.x);
   const bool dropped = input.dropout.data != nullptr;
   if (dropped) require_shape("dropout", input.dropout, routing.tokens, input_width());
   ByteCounter dropped_bytes;
@@ -273,6 +276,8 @@ void Mixture<R, B>::backward(const Weights& weights, const Buffers& buffers, con
     require_shape("dropout", input.dropout, routing.tokens, input_width());
   }
   if (d_input.x.data != nullptr) require_shape("dx", d_input.x, routing.tokens, input_width());
+  require_apart("dx", d_input.x, "x", input.x);
+  require_apart("dx", d_input.x, "dy", dy);
   const MatView<T> d_router_x = input.router_x.data != nullptr ? d_input.router_x : d_input.x;
   if constexpr (requires { &R::require_backward; }) {
     router_.require_backward(weights.router, saved.router, input.tokens(), routing, d_tape,

@@ -55,11 +55,13 @@ class Session {
                 const typename Layer::template Params<T>& grad, const Buffers& buffers = {});
 
  private:
-  static SessionOptions checked(SessionOptions options) {
+  static SessionOptions checked(const Layer& layer, SessionOptions options) {
     require(options.max_tokens >= 0, Errc::invalid_argument,
             "Session: max_tokens must not be negative, got ", options.max_tokens);
     require(options.workers >= 1, Errc::invalid_argument,
             "Session: workers must be at least 1, got ", options.workers);
+    RoutingTable<T>::check_size(options.max_tokens, layer.router().experts(),
+                                layer.router().max_per_token());
     return options;
   }
   const RoutingTable<T>& table() const noexcept {
@@ -82,7 +84,7 @@ template <class Layer>
 requires std::same_as<typename Layer::template Carry<typename Layer::Scalar>, None>
 Session<Layer>::Session(Layer layer, const typename Layer::Weights& weights, SessionOptions options)
     : layer_(std::move(layer)),
-      options_(checked(options)),
+      options_(checked(layer_, options)),
       prepared_memory_(layer_.prepared_bytes()),
       scratch_memory_(layer_.scratch_bytes(options.max_tokens, options.workers)),
       scratch_(scratch_memory_.span()),

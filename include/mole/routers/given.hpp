@@ -101,7 +101,7 @@ template <class T>
 std::size_t GivenRouter<T>::tape_bytes(Index max_tokens) const noexcept {
   ByteCounter counter;
   counter.take<T>(max_tokens, config_.experts);
-  counter.take<T>(1, max_tokens * config_.experts);
+  counter.take<T>(max_tokens, config_.experts);
   return counter.bytes();
 }
 

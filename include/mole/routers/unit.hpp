@@ -86,7 +86,7 @@ std::size_t UnitRouter<T>::scratch_bytes(Index, int) const noexcept {
 template <class T>
 std::size_t UnitRouter<T>::tape_bytes(Index max_tokens) const noexcept {
   ByteCounter counter;
-  counter.take<T>(1, max_tokens * config_.experts);
+  counter.take<T>(max_tokens, config_.experts);
   return counter.bytes();
 }
 

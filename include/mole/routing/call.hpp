@@ -42,7 +42,7 @@ RouterTape<T> take_tape(Arena& arena, const RouterShape& shape, Index tokens) {
   RouterTape<T> tape;
   tape.logits = arena.template take<T>(tokens, shape.experts);
   tape.prob = arena.template take<T>(tokens, shape.experts);
-  tape.gate = arena.template take<T>(1, tokens * shape.max_per_token);
+  tape.gate = arena.template take<T>(1, saturating_product(tokens, shape.max_per_token));
   return tape;
 }
 
@@ -59,7 +59,7 @@ class WorkerRows {
   template <class Arena>
   WorkerRows(Arena& arena, int workers, Index parts, Index size)
       : parts_(parts), size_(size), stride_(aligned_bytes(size * sizeof(V)) / sizeof(V)) {
-    memory_ = arena.template take<V>(std::max(workers, 1) * parts * stride_);
+    memory_ = arena.template take<V>(saturating_product(std::max(workers, 1) * parts, stride_));
   }
   std::span<V> operator()(int worker, Index part) const noexcept {
     return memory_.subspan(static_cast<std::size_t>((worker * parts_ + part) * stride_),

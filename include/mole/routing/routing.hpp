@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <span>
 
 #include "mole/core/config.hpp"
@@ -55,9 +56,12 @@ class RoutingTable {
 
   static std::size_t bytes(Index max_tokens, Index experts, Index max_per_token) noexcept;
 
+  /// What the constructor checks. Throws invalid_argument; limit_exceeded from 2^31 slots on.
+  static void check_size(Index max_tokens, Index experts, Index max_per_token);
+
   Index max_tokens() const noexcept { return max_tokens_; }
   Index experts() const noexcept { return experts_; }
-  Index max_slots() const noexcept { return max_tokens_ * max_per_token_; }
+  Index max_slots() const noexcept { return saturating_product(max_tokens_, max_per_token_); }
   Index max_per_token() const noexcept { return max_per_token_; }
 
   /// Throws limit_exceeded above max_tokens; the table is unchanged then.
@@ -116,12 +120,20 @@ template <class T>
 RoutingTable<T>::RoutingTable(Workspace& memory, Index max_tokens, Index experts,
                               Index max_per_token)
     : max_tokens_(max_tokens), experts_(experts), max_per_token_(max_per_token) {
+  check_size(max_tokens, experts, max_per_token);
+  layout(memory);
+}
+
+template <class T>
+void RoutingTable<T>::check_size(Index max_tokens, Index experts, Index max_per_token) {
   require(max_tokens >= 0 && experts >= 0 && max_per_token >= 0 && max_per_token <= experts,
           Errc::invalid_argument, "routing table: ", max_tokens, " tokens, ", experts,
           " experts, at most ", max_per_token, " experts a token");
-  require(max_tokens * std::max<Index>(max_per_token, 1) < (Index{1} << 31), Errc::limit_exceeded,
-          "routing table: ", max_tokens * max_per_token, " slots, the limit is 2^31 - 1");
-  layout(memory);
+  constexpr Index kLimit = std::numeric_limits<std::int32_t>::max();
+  require(saturating_product(max_tokens, std::max<Index>(max_per_token, 1)) <= kLimit &&
+              experts <= kLimit,
+          Errc::limit_exceeded, "routing table: ", max_tokens, " tokens of ", max_per_token,
+          " slots and ", experts, " experts, the limit is ", kLimit, " slots or experts");
 }
 
 template <class T>
