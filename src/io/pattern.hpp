@@ -22,7 +22,7 @@ namespace io {
 class Pattern {
  public:
   /// `what` starts the messages and names the pattern. Throws config_error (not a regular
-  /// expression), unsupported (syntax named above), limit_exceeded (too large or too deep).
+  /// expression), unsupported (syntax named above; too large or too deep).
   Pattern(std::string_view text, const std::string& what);
 
   /// The whole text matches.

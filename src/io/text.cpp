@@ -4,6 +4,8 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cstdint>
+#include <cstring>
 #include <utility>
 
 namespace mole::inline MOLE_ABI {
@@ -88,11 +90,29 @@ std::string nearest_text(std::string_view wanted, const std::vector<std::string_
   return result + ")";
 }
 
+namespace {
+
+constexpr std::size_t kWord = sizeof(std::uint64_t);
+
+// A whole word of ASCII, the usual case.
+bool is_ascii(std::string_view word) noexcept {
+  std::uint64_t bytes = 0;
+  if (word.size() < kWord) return false;
+  std::memcpy(&bytes, word.data(), kWord);
+  return (bytes & 0x8080808080808080u) == 0;
+}
+
+}  // namespace
+
 std::size_t first_invalid_utf8(std::string_view text) noexcept {
   const auto byte_at = [text](std::size_t i) {
     return i < text.size() ? static_cast<unsigned char>(text[i]) : 0u;
   };
   for (std::size_t i = 0; i < text.size();) {
+    if (is_ascii(text.substr(i, kWord))) {
+      i += kWord;
+      continue;
+    }
     const unsigned lead = byte_at(i);
     const unsigned next = byte_at(i + 1);
     std::size_t length = 1;
