@@ -59,6 +59,49 @@ inline std::string container(const std::vector<TestTensor>& tensors) {
   return container(header + "}", data);
 }
 
+/// One entry of a header, every part as JSON text. An empty part is left out.
+struct EntrySpec {
+  std::string name = "\"w\"";
+  std::string dtype = "\"F32\"";
+  std::string shape = "[2,3]";
+  std::string offsets = "[0,24]";
+  std::string more = "";  ///< further members
+
+  std::string text() const {
+    std::string members;
+    const auto add = [&members](const std::string& member) {
+      members.append(members.empty() ? "" : ",").append(member);
+    };
+    if (!dtype.empty()) add("\"dtype\":" + dtype);
+    if (!shape.empty()) add("\"shape\":" + shape);
+    if (!offsets.empty()) add("\"data_offsets\":" + offsets);
+    if (!more.empty()) add(more);
+    return name + ":{" + members + "}";
+  }
+};
+
+/// A valid file with two matrices, whose parts can be changed one by one to break one rule.
+struct FileSpec {
+  std::vector<EntrySpec> entries = {{}, {"\"v\"", "\"F32\"", "[4]", "[24,40]", ""}};
+  std::string metadata = "";            ///< JSON text of __metadata__; empty: none
+  std::string before = "", after = "";  ///< around the header's object
+  std::string data = std::string(40, '\0');
+  std::int64_t length_error = 0;  ///< added to the header length
+
+  std::string header() const {
+    std::string members = metadata.empty() ? "" : "\"__metadata__\":" + metadata;
+    for (const EntrySpec& entry : entries) {
+      members.append(members.empty() ? "" : ",").append(entry.text());
+    }
+    return before + "{" + members + "}" + after;
+  }
+  std::string bytes() const {
+    const std::string text = header();
+    const auto length = static_cast<std::int64_t>(text.size()) + length_error;
+    return length_bytes(static_cast<std::uint64_t>(length)) + text + data;
+  }
+};
+
 /// A folder of its own that goes away with the object.
 class TemporaryFolder {
  public:
