@@ -28,6 +28,10 @@ set(MOLE_SANITIZE "" CACHE STRING "Sanitizers: empty, address;undefined or threa
 # A thread sanitizer is slow and needs the threaded tests alone: compile no others.
 option(MOLE_TEST_THREADS_ONLY "Build only the tests that are tagged [threads]" OFF)
 
+# Fuzz targets need Clang and a library that is instrumented for them: a build of their own, without
+# the other tests.
+option(MOLE_BUILD_FUZZERS "Build the fuzz targets and no other tests" OFF)
+
 # mole::header_only needs Eigen alone; who wants nothing else leaves the compiled library out. The
 # tests are then those that both builds share.
 option(MOLE_COMPILED "Provide the compiled library mole::mole" ON)
