@@ -491,11 +491,10 @@ void convert_every_half() {
 }
 
 std::vector<Row> value_rows() {
-  const auto fe = Errc::format_error;
   const float nan = std::numeric_limits<float>::quiet_NaN();
   const float inf = std::numeric_limits<float>::infinity();
-  const auto bits = [fe](const char* dtype, const char* shape, const char* count) {
-    return broken(dtype, fe, {"\"w\"", count}, [=](FileSpec& f) {
+  const auto bits = [](const char* dtype, const char* shape, const char* count) {
+    return broken(dtype, Errc::format_error, {"\"w\"", count}, [=](FileSpec& f) {
       f.entries = {{"\"w\"", std::string("\"") + dtype + "\"", shape, "[0,2]", ""}};
       f.data.resize(2);
     });

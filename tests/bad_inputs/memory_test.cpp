@@ -2,6 +2,10 @@
 // Rows 113-124: memory that overlaps, is missing, misaligned or strided, and floating-point states.
 // Rows 116 and 119 speak of C and Python; here they are what a MatView can express: a pointer off
 // its alignment, and row strides. A column stride other than 1 has no form.
+#ifdef __SSE__
+#include <xmmintrin.h>  // before the allocation hooks: Clang's version declares one of them
+#endif
+
 #include <sys/mman.h>
 
 #include <cfenv>
@@ -10,10 +14,6 @@
 #include "bad_inputs/rows.hpp"
 #include "layers/layer_case.hpp"
 #include "support/compare.hpp"
-
-#ifdef __SSE__
-#include <xmmintrin.h>
-#endif
 
 namespace test::bad_inputs {
 namespace {
