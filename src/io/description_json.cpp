@@ -80,7 +80,11 @@ class ValueReader {
       if (!element.is_number()) wrong("a list of numbers", element);
       all_integers = all_integers && element.is_number_integer();
     }
-    if (!all_integers) return value.get<std::vector<double>>();
+    if (!all_integers) {
+      std::vector<double> numbers;
+      for (const Json& element : value) numbers.push_back(element.get<double>());
+      return numbers;
+    }
     std::vector<std::int64_t> integers;
     for (const Json& element : value) integers.push_back(integer(element));
     return integers;
@@ -93,7 +97,7 @@ class ValueReader {
 
 Json json_of(const Description& description) {
   require_text(description.kind);
-  Json object = {{kKind, description.kind}};
+  Json object = Json::object({{kKind, description.kind}});
   for (const Description::Entry& entry : description.fields)
     add(object, entry.name, json_of(entry));
   for (const DescriptionPart& part : description.parts) {
@@ -104,7 +108,7 @@ Json json_of(const Description& description) {
 
 Description description_of(const Json& object, const std::string& where) {
   const auto kind = object.find(kKind);
-  require(kind != object.end(), Errc::config_error, where, ": \"kind\" is missing");
+  require(kind != nullptr, Errc::config_error, where, ": \"kind\" is missing");
   require(kind->is_string(), Errc::config_error, where, ": \"kind\": expected a string, found ",
           escaped(json_kind(*kind)));
   Description description;

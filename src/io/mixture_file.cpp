@@ -107,7 +107,7 @@ class RecordsReader {
 
   static const Json& member(const Json& object, const std::string& where, const char* name) {
     const auto place = object.find(name);
-    require(place != object.end(), Errc::config_error, where, ": ", in_quotes(name), " is missing");
+    require(place != nullptr, Errc::config_error, where, ": ", in_quotes(name), " is missing");
     return *place;
   }
 
@@ -349,14 +349,14 @@ void MixtureFileWriter::set_metadata(std::string key, std::string value) {
 SafeTensorsWriter MixtureFileWriter::complete() const {
   Json list = Json::array();
   for (const MixtureRecord& record : records_) {
-    list.push_back({{"name", record.name},
-                    {"layer", io::json_of(record.layer)},
-                    {"optional_tensors", record.optional_tensors}});
+    list.push_back(Json::object({{"name", record.name},
+                                 {"layer", io::json_of(record.layer)},
+                                 {"optional_tensors", record.optional_tensors}}));
   }
   SafeTensorsWriter file = writer_;
   file.set_metadata(kFormatKey, std::to_string(kMixtureFormat));
   file.set_metadata(kKindKey, kKind);
-  file.set_metadata(kConfigKey, Json({{"mixtures", list}}).dump());
+  file.set_metadata(kConfigKey, Json::object({{"mixtures", list}}).dump());
   return file;
 }
 

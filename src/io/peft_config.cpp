@@ -102,8 +102,8 @@ class ConfigReader {
 
   // nullptr where the setting is absent or null, which means its default.
   const Json* find(const char* field) const {
-    const auto place = root_.find(field);
-    return place == root_.end() || place->is_null() ? nullptr : &*place;
+    const Json* place = root_.find(field);
+    return place == nullptr || place->is_null() ? nullptr : place;
   }
 
   SavedBiases saved_biases() const {
@@ -225,12 +225,14 @@ class ConfigReader {
     }
     const Json* layers = find("layers_to_transform");
     if (layers == nullptr) return;
-    for (const Json& layer : layers->is_array() ? *layers : Json::array({*layers})) {
+    const auto add = [&](const Json& layer) {
       if (!layer.is_number_integer()) {
         wrong("\"layers_to_transform\" holds ", json_kind(layer), ", must hold integers");
       }
       config.layers_to_transform.push_back(layer.get<std::int64_t>());
-    }
+    };
+    if (!layers->is_array()) return add(*layers);
+    for (const Json& layer : *layers) add(layer);
   }
 
   template <class F>

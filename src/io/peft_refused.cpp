@@ -43,7 +43,7 @@ constexpr Method kTensors[] = {
 
 void refuse_type(const Json& root, const std::string& file) {
   const auto place = root.find("peft_type");
-  require(place != root.end() && !place->is_null(), Errc::config_error, file,
+  require(place != nullptr && !place->is_null(), Errc::config_error, file,
           ": \"peft_type\" is missing");
   if (*place == "LORA") return;
   const auto same = [&place](const Method& method) { return *place == method.name; };
@@ -68,7 +68,7 @@ void refuse_methods(const Json& root, const std::string& file) {
   refuse_type(root, file);
   for (const Method& method : kSettings) {
     const auto place = root.find(method.name);
-    if (place == root.end() || is_off(*place)) continue;
+    if (place == nullptr || is_off(*place)) continue;
     fail(Errc::unsupported, file, ": \"", method.name, "\" is ", value_text(*place), ": ",
          method.meaning, " cannot be read");
   }

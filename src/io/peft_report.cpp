@@ -45,29 +45,32 @@ std::string dtypes(const LoraModule& module) {
 
 Json tensor_entry(const std::string& tensor, Dtype dtype) {
   if (tensor.empty()) return nullptr;
-  return {{"name", tensor}, {"dtype", std::string(name(dtype))}};
+  return Json::object({{"name", tensor}, {"dtype", std::string(name(dtype))}});
 }
 
 Json module_entry(const LoraModule& module) {
-  return {{"path", module.path},
-          {"kind", name_of(module.kind)},
-          {"rank", module.rank},
-          {"rank_from", module.rank_from},
-          {"alpha", module.alpha},
-          {"alpha_from", module.alpha_from},
-          {"scale", module.scale},
-          {"d_in", module.d_in},
-          {"d_out", module.d_out},
-          {"base_change", name_of(module.base_change)},
-          {"down", tensor_entry(module.down_tensor, module.stored_down)},
-          {"up", tensor_entry(module.up_tensor, module.stored_up)},
-          {"bias", tensor_entry(module.bias_tensor, module.stored_bias)}};
+  return Json::object({{"path", module.path},
+                       {"kind", name_of(module.kind)},
+                       {"rank", module.rank},
+                       {"rank_from", module.rank_from},
+                       {"alpha", module.alpha},
+                       {"alpha_from", module.alpha_from},
+                       {"scale", module.scale},
+                       {"d_in", module.d_in},
+                       {"d_out", module.d_out},
+                       {"base_change", name_of(module.base_change)},
+                       {"down", tensor_entry(module.down_tensor, module.stored_down)},
+                       {"up", tensor_entry(module.up_tensor, module.stored_up)},
+                       {"bias", tensor_entry(module.bias_tensor, module.stored_bias)}});
 }
 
 Json replacement_entry(const Replacement& replacement) {
-  return {{"path", replacement.path},     {"parameter", replacement.parameter},
-          {"tensor", replacement.tensor}, {"dtype", std::string(name(replacement.stored))},
-          {"shape", replacement.shape},   {"from", replacement.from}};
+  return Json::object({{"path", replacement.path},
+                       {"parameter", replacement.parameter},
+                       {"tensor", replacement.tensor},
+                       {"dtype", std::string(name(replacement.stored))},
+                       {"shape", replacement.shape},
+                       {"from", replacement.from}});
 }
 
 }  // namespace
@@ -111,7 +114,7 @@ std::string LoadReport::to_json() const {
   report["unknown_fields"] = unknown_fields;
   report["checks_off"] = checks_off;
   constexpr int kIndent = 2;
-  return report.dump(kIndent, ' ', false, Json::error_handler_t::replace) + "\n";
+  return report.dump(kIndent) + "\n";
 }
 
 }  // namespace mole::inline MOLE_ABI

@@ -5,8 +5,8 @@
 #include <cmath>
 #include <limits>
 #include <map>
-#include <nlohmann/json.hpp>
 
+#include "io/json.hpp"
 #include "io/peft_config.hpp"
 #include "io/peft_match.hpp"
 #include "io/text.hpp"
@@ -15,8 +15,6 @@
 namespace mole::inline MOLE_ABI {
 namespace io {
 namespace {
-
-using SortedJson = nlohmann::json;
 
 // A pattern that matches this path and nothing else.
 std::string anchored(const std::string& path) {
@@ -40,7 +38,7 @@ V most_common(std::span<const LayerSettings> layers, V LayerSettings::*member) {
 }
 
 // 8 rather than 8.0: alpha is an integer in most files.
-SortedJson number(double value) {
+Json number(double value) {
   constexpr double kExact = 9007199254740992.0;  // 2^53
   if (value == std::floor(value) && std::fabs(value) < kExact) {
     return static_cast<std::int64_t>(value);
@@ -48,8 +46,8 @@ SortedJson number(double value) {
   return value;
 }
 
-SortedJson text_or_null(const std::string& text) {
-  return text.empty() ? SortedJson(nullptr) : SortedJson(text);
+Json text_or_null(const std::string& text) {
+  return text.empty() ? Json(nullptr) : Json(text);
 }
 
 const char* start_of(BaseChange change) {
@@ -64,8 +62,8 @@ const char* name_of(SavedBiases bias) {
   }
 }
 
-SortedJson to_json(const PeftConfig& config) {
-  SortedJson json;
+Json to_json(const PeftConfig& config) {
+  Json json;
   json["peft_type"] = "LORA";
   json["r"] = config.rank;
   json["lora_alpha"] = number(config.alpha);
@@ -76,17 +74,16 @@ SortedJson to_json(const PeftConfig& config) {
   json["lora_dropout"] = 0.0;
   json["bias"] = name_of(config.bias);
   json["inference_mode"] = true;
-  json["init_lora_weights"] = config.base_change == BaseChange::none
-                                  ? SortedJson(true)
-                                  : SortedJson(start_of(config.base_change));
+  json["init_lora_weights"] =
+      config.base_change == BaseChange::none ? Json(true) : Json(start_of(config.base_change));
   json["target_modules"] = config.target_modules.names;
   json["modules_to_save"] =
-      config.modules_to_save.empty() ? SortedJson(nullptr) : SortedJson(config.modules_to_save);
+      config.modules_to_save.empty() ? Json(nullptr) : Json(config.modules_to_save);
   json["base_model_name_or_path"] = text_or_null(config.base_model);
   json["task_type"] = text_or_null(config.task_type);
-  json["rank_pattern"] = SortedJson::object();
+  json["rank_pattern"] = Json::object();
   for (const auto& [key, rank] : config.rank_pattern) json["rank_pattern"][key] = rank;
-  json["alpha_pattern"] = SortedJson::object();
+  json["alpha_pattern"] = Json::object();
   for (const auto& [key, alpha] : config.alpha_pattern) json["alpha_pattern"][key] = number(alpha);
   return json;
 }
@@ -148,7 +145,7 @@ std::string settings_text(PeftConfig config, std::span<const LayerSettings> laye
     }
   }
   constexpr int kIndent = 2;
-  const std::string text = to_json(config).dump(kIndent, ' ', true) + "\n";
+  const std::string text = to_json(config).sorted().dump(kIndent, true) + "\n";
   check(text, layers);
   return text;
 }
