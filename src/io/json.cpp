@@ -289,9 +289,10 @@ Json parse_json_object(std::string_view text, const std::string& file) {
           invalid);
   Builder builder(text, file);
   nlohmann::json::sax_parse(text, &builder);
-  Json root = builder.take();
-  require(root.is_object(), Errc::format_error, file, ": must hold an object");
-  return root;
+  // A byte order mark, which the grammar passes over, is refused too.
+  const std::size_t first = text.find_first_not_of(" \t\r\n");
+  require(text[first] == '{', Errc::format_error, file, ": must hold an object");
+  return builder.take();
 }
 
 std::string json_kind(const Json& value) {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // ExpertChoiceRouter: experts choose tokens, each the same number of them.
 //
-//   l = x Wᵀ + b (+ overrides)     capacity = min(n, ⌊capacity_factor · n / experts⌋), n real tokens
-//   scores, a column s_te an expert:
+//   l = x Wᵀ + b (+ overrides)     capacity = min(n, ⌊capacity_factor · n / experts⌋), n real
+//   tokens scores, a column s_te an expert:
 //     over_experts   softmax of the row          ranked by s
 //     over_tokens    softmax of the column       ranked by l
 //     over_selected  softmax of the column over the chosen tokens alone, 0 elsewhere; ranked by l
