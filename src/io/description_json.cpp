@@ -97,7 +97,8 @@ class ValueReader {
 
 Json json_of(const Description& description) {
   require_text(description.kind);
-  Json object = Json::object({{kKind, description.kind}});
+  Json object = Json::object();
+  object.add(kKind, description.kind);
   for (const Description::Entry& entry : description.fields)
     add(object, entry.name, json_of(entry));
   for (const DescriptionPart& part : description.parts) {

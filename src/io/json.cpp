@@ -166,9 +166,7 @@ Json::Json(std::nullptr_t) noexcept {}
 Json::Json(double value) noexcept : value_(value) {}
 Json::Json(std::string value) noexcept : value_(std::move(value)) {}
 Json::Json(const char* value) : value_(std::string(value)) {}
-Json::Json(const Json& other) = default;
 Json::Json(Json&& other) noexcept = default;
-Json& Json::operator=(const Json& other) = default;
 Json& Json::operator=(Json&& other) noexcept = default;
 Json::~Json() = default;
 
@@ -176,8 +174,8 @@ Json Json::array() {
   return Json(Value(Array()));
 }
 
-Json Json::object(std::initializer_list<JsonMember> members) {
-  return Json(Value(Object(members)));
+Json Json::object() {
+  return Json(Value(Object()));
 }
 
 std::size_t Json::size() const noexcept {
@@ -219,8 +217,7 @@ Json& Json::operator[](std::string_view key) {
   for (JsonMember& member : members) {
     if (member.name == key) return member.data;
   }
-  members.push_back({std::string(key), nullptr});
-  return members.back().data;
+  return add(std::string(key), nullptr);
 }
 
 Json& Json::add(std::string key, Json member) {
@@ -269,16 +266,14 @@ void Json::write(std::string& text, int indent, int depth, bool ascii) const {
   }
 }
 
-Json Json::sorted() const {
-  Json copy = *this;
-  if (auto* list = std::get_if<Array>(&copy.value_)) {
-    for (Json& element : *list) element = element.sorted();
-  } else if (auto* members = std::get_if<Object>(&copy.value_)) {
-    for (JsonMember& member : *members) member.data = member.data.sorted();
+void Json::sort() {
+  if (auto* list = std::get_if<Array>(&value_)) {
+    for (Json& element : *list) element.sort();
+  } else if (auto* members = std::get_if<Object>(&value_)) {
+    for (JsonMember& member : *members) member.data.sort();
     std::sort(members->begin(), members->end(),
               [](const JsonMember& a, const JsonMember& b) { return a.name < b.name; });
   }
-  return copy;
 }
 
 Json parse_json_object(std::string_view text, const std::string& file) {

@@ -349,14 +349,17 @@ void MixtureFileWriter::set_metadata(std::string key, std::string value) {
 SafeTensorsWriter MixtureFileWriter::complete() const {
   Json list = Json::array();
   for (const MixtureRecord& record : records_) {
-    list.push_back(Json::object({{"name", record.name},
-                                 {"layer", io::json_of(record.layer)},
-                                 {"optional_tensors", record.optional_tensors}}));
+    Json& entry = list.push_back(Json::object());
+    entry.add("name", record.name);
+    entry.add("layer", io::json_of(record.layer));
+    entry.add("optional_tensors", record.optional_tensors);
   }
+  Json config = Json::object();
+  config.add("mixtures", std::move(list));
   SafeTensorsWriter file = writer_;
   file.set_metadata(kFormatKey, std::to_string(kMixtureFormat));
   file.set_metadata(kKindKey, kKind);
-  file.set_metadata(kConfigKey, Json::object({{"mixtures", list}}).dump());
+  file.set_metadata(kConfigKey, config.dump());
   return file;
 }
 

@@ -45,32 +45,39 @@ std::string dtypes(const LoraModule& module) {
 
 Json tensor_entry(const std::string& tensor, Dtype dtype) {
   if (tensor.empty()) return nullptr;
-  return Json::object({{"name", tensor}, {"dtype", std::string(name(dtype))}});
+  Json entry = Json::object();
+  entry.add("name", tensor);
+  entry.add("dtype", std::string(name(dtype)));
+  return entry;
 }
 
 Json module_entry(const LoraModule& module) {
-  return Json::object({{"path", module.path},
-                       {"kind", name_of(module.kind)},
-                       {"rank", module.rank},
-                       {"rank_from", module.rank_from},
-                       {"alpha", module.alpha},
-                       {"alpha_from", module.alpha_from},
-                       {"scale", module.scale},
-                       {"d_in", module.d_in},
-                       {"d_out", module.d_out},
-                       {"base_change", name_of(module.base_change)},
-                       {"down", tensor_entry(module.down_tensor, module.stored_down)},
-                       {"up", tensor_entry(module.up_tensor, module.stored_up)},
-                       {"bias", tensor_entry(module.bias_tensor, module.stored_bias)}});
+  Json entry = Json::object();
+  entry.add("path", module.path);
+  entry.add("kind", name_of(module.kind));
+  entry.add("rank", module.rank);
+  entry.add("rank_from", module.rank_from);
+  entry.add("alpha", module.alpha);
+  entry.add("alpha_from", module.alpha_from);
+  entry.add("scale", module.scale);
+  entry.add("d_in", module.d_in);
+  entry.add("d_out", module.d_out);
+  entry.add("base_change", name_of(module.base_change));
+  entry.add("down", tensor_entry(module.down_tensor, module.stored_down));
+  entry.add("up", tensor_entry(module.up_tensor, module.stored_up));
+  entry.add("bias", tensor_entry(module.bias_tensor, module.stored_bias));
+  return entry;
 }
 
 Json replacement_entry(const Replacement& replacement) {
-  return Json::object({{"path", replacement.path},
-                       {"parameter", replacement.parameter},
-                       {"tensor", replacement.tensor},
-                       {"dtype", std::string(name(replacement.stored))},
-                       {"shape", replacement.shape},
-                       {"from", replacement.from}});
+  Json entry = Json::object();
+  entry.add("path", replacement.path);
+  entry.add("parameter", replacement.parameter);
+  entry.add("tensor", replacement.tensor);
+  entry.add("dtype", std::string(name(replacement.stored)));
+  entry.add("shape", replacement.shape);
+  entry.add("from", replacement.from);
+  return entry;
 }
 
 }  // namespace

@@ -145,7 +145,9 @@ std::string settings_text(PeftConfig config, std::span<const LayerSettings> laye
     }
   }
   constexpr int kIndent = 2;
-  const std::string text = to_json(config).sorted().dump(kIndent, true) + "\n";
+  Json json = to_json(config);
+  json.sort();
+  const std::string text = json.dump(kIndent, true) + "\n";
   check(text, layers);
   return text;
 }

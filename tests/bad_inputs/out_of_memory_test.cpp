@@ -9,7 +9,6 @@
 #include "bad_inputs/adapter_case.hpp"
 #include "layers/layer_case.hpp"
 #include "mole/io/peft_bank.hpp"
-#include "mole/io/peft_writer.hpp"
 #include "mole/io/safetensors_writer.hpp"
 #include "mole/layers/any_layer.hpp"
 #include "mole/layers/session.hpp"
@@ -90,18 +89,14 @@ TEST_CASE("out of memory: loading an adapter", "[bad_inputs][io]") {
   CHECK(adapter.load(folder).modules().size() == 2);
 }
 
-TEST_CASE("out of memory: reporting on an adapter and saving it", "[bad_inputs][io]") {
+TEST_CASE("out of memory: reporting on an adapter", "[bad_inputs][io]") {
   const AdapterCase adapter;
   const TemporaryFolder folder;
   adapter.write(folder);
   const mole::PeftAdapter loaded = adapter.load(folder);
+  const std::string report = loaded.report().to_json();
   CHECK(fail_every_allocation([&] { static_cast<void>(loaded.report().to_json()); }) > 20);
-  const TemporaryFolder target;
-  const std::string path = target.path() + "/saved";
-  mole::PeftSaveOptions options;
-  options.overwrite = true;
-  CHECK(fail_every_allocation([&] { mole::save_peft(path, loaded, options); }) > 20);
-  CHECK(mole::load_peft(path).modules().size() == 2);
+  CHECK(loaded.report().to_json() == report);
 }
 
 TEST_CASE("out of memory: reading and writing a file", "[bad_inputs][io]") {

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # cmake -DROOT=<source directory> -P source_list.cmake
 # The lists in cmake/MoleSources.cmake are sorted and name every file of the library.
+cmake_minimum_required(VERSION 3.25)
 include("${ROOT}/cmake/MoleSources.cmake")
 
 set(failures "")
