@@ -156,7 +156,7 @@ template <class M>
 std::size_t AdaptedLinear<M>::scratch_bytes(Index max_tokens, int workers) const noexcept {
   ByteCounter counter;
   if (M::needs_base) {
-    counter.take<T>(2 * max_tokens, output_width());
+    counter.take<T>(saturating_product(2, max_tokens), output_width());
     counter.take<T>(output_width(), input_width());
   }
   if (config_.fan_in_fan_out) counter.take<T>(output_width(), input_width());

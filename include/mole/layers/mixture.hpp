@@ -158,7 +158,7 @@ requires std::same_as<typename R::Scalar, typename B::Scalar> std::size_t
 Mixture<R, B>::scratch_bytes(Index max_tokens, int workers)
 const noexcept {
   ByteCounter dropped;
-  dropped.take<T>(2 * max_tokens, input_width());
+  dropped.take<T>(saturating_product(2, max_tokens), input_width());
   return RoutingTable<T>::bytes(max_tokens, router_.experts(), router_.max_per_token()) +
          router_.scratch_bytes(max_tokens, workers) + dropped.bytes() +
          experts_.scratch_bytes(max_tokens, max_slots(max_tokens), workers);

@@ -109,7 +109,7 @@ template <class T>
 auto GivenRouter<T>::make_tape(Workspace& memory, Index max_tokens) const -> Tape {
   Tape tape;
   tape.prob = memory.take<T>(max_tokens, config_.experts);
-  tape.gate = memory.take<T>(1, max_tokens * config_.experts);
+  tape.gate = memory.take<T>(1, saturating_product(max_tokens, config_.experts));
   return tape;
 }
 

@@ -93,7 +93,7 @@ std::size_t UnitRouter<T>::tape_bytes(Index max_tokens) const noexcept {
 template <class T>
 auto UnitRouter<T>::make_tape(Workspace& memory, Index max_tokens) const -> Tape {
   Tape tape;
-  tape.gate = memory.take<T>(1, max_tokens * config_.experts);
+  tape.gate = memory.take<T>(1, saturating_product(max_tokens, config_.experts));
   return tape;
 }
 
