@@ -3,6 +3,7 @@
 // with exactly the memory that the router asked for.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -272,7 +273,8 @@ class RouterCall {
 
   Matrix<T> rows_of(mole::MatView<T> view) const {
     if (view.empty()) return {};
-    return Matrix<T>(problem_->count(), view.cols, [&](Index r, Index c) { return view(r, c); });
+    const Index rows = std::min(problem_->count(), view.rows);
+    return Matrix<T>(rows, view.cols, [&](Index r, Index c) { return view(r, c); });
   }
 
   const RouterCase<R>& case_;
