@@ -132,6 +132,7 @@ set(MOLE_HEADERS
     include/mole/layers/mixture.hpp
     include/mole/layers/owned_weights.hpp
     include/mole/layers/session.hpp
+    include/mole/losses/add_product.hpp
     include/mole/losses/balance.hpp
     include/mole/losses/choice_balance.hpp
     include/mole/losses/device_balance.hpp
@@ -177,6 +178,7 @@ set(MOLE_HEADERS
     include/mole/routing/recurrent_cell.hpp
     include/mole/routing/router.hpp
     include/mole/routing/routing.hpp
+    include/mole/routing/rule.hpp
     include/mole/routing/rule_router.hpp
     include/mole/routing/score.hpp
     include/mole/routing/select.hpp

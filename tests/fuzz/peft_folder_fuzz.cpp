@@ -4,14 +4,6 @@
 
 using namespace test::fuzz;
 
-namespace {
-
-std::span<const std::byte> bytes_of(const std::uint8_t* data, std::size_t size) {
-  return {reinterpret_cast<const std::byte*>(data), size};
-}
-
-}  // namespace
-
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   run_peft_folder(bytes_of(data, size));
   return 0;

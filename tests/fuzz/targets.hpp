@@ -29,6 +29,10 @@ using mole::Errc;
 using mole::Index;
 using mole::SafeTensors;
 
+inline std::span<const std::byte> bytes_of(const std::uint8_t* data, std::size_t size) {
+  return {reinterpret_cast<const std::byte*>(data), size};
+}
+
 inline void demand(bool holds, const std::string& what) {
   if (!holds) throw std::logic_error(what);
 }

@@ -40,3 +40,43 @@ TEMPLATE_TEST_CASE("Hash routers keep the router contract", "[routers]", float, 
   keeps_by_id(mole::HashRouter<TestType>({.width = 13, .experts = 7}));
   keeps_by_id(mole::ScoredHashRouter<TestType>({.width = 13, .experts = 7, .bias = true}));
 }
+
+TEMPLATE_TEST_CASE("OnePlusRouter weighs the best experts with 1 + their logits", "[routers]",
+                   float, double) {
+  using T = TestType;
+  const mole::OnePlusRouter<T> router({.width = 2, .experts = 3, .k = 2});
+  const std::vector<T> weight = {1, 0, 0, 1, -1, -1}, x = {T(0.25), T(-0.5), 0, 0};
+  mole::Buffer memory(std::size_t{1} << 16);
+  mole::Workspace workspace(memory.span());
+  const auto prepared = router.prepare({{weight.data(), 3, 2}, {}}, workspace);
+  mole::RoutingTable<T> table(workspace, 2, 3, router.max_per_token());
+  router.forward(prepared, {}, {.x = {x.data(), 2, 2}}, {}, {}, table, {}, nullptr,
+                 mole::Context{workspace});
+  const mole::Routing<T> routing = table.view();
+  // Logits 0.25, -0.5, 0.25 of the first token, zeros of the second: the plain sum of two experts.
+  CHECK(std::vector<int>(routing.expert.begin(), routing.expert.end()) ==
+        std::vector<int>{0, 2, 0, 1});
+  CHECK(std::vector<T>(routing.gate.begin(), routing.gate.end()) ==
+        std::vector<T>{T(1.25), T(1.25), 1, 1});
+}
+
+TEMPLATE_TEST_CASE("HashRouter goes by the id alone", "[routers]", float, double) {
+  using T = TestType;
+  const mole::HashRouter<T> router({.width = 1, .experts = 4, .k = 2});
+  const std::vector<std::int32_t> table_of_ids = {3, 1, 2, 2, 9, 0}, ids = {0, 1, 2, 7, -1};
+  typename mole::HashRouter<T>::Buffers buffers;
+  buffers.table = {table_of_ids.data(), 3, 2};
+  const std::vector<T> x(5);
+  mole::Buffer memory(std::size_t{1} << 16);
+  mole::Workspace workspace(memory.span());
+  mole::RoutingTable<T> table(workspace, 5, 4, 2);
+  router.forward({}, buffers, {.x = {x.data(), 5, 1}, .ids = ids}, {}, {}, table, {}, nullptr,
+                 mole::Context{workspace});
+  const mole::Routing<T> routing = table.view();
+  // A repeated expert counts once, what is no expert and an id beyond the table have no slot.
+  CHECK(std::vector<int>(routing.token_begin.begin(), routing.token_begin.end()) ==
+        std::vector<int>{0, 2, 3, 4, 4, 4});
+  CHECK(std::vector<int>(routing.expert.begin(), routing.expert.end()) ==
+        std::vector<int>{1, 3, 2, 0});
+  for (const T gate : routing.gate) CHECK(gate == T(0.5));
+}

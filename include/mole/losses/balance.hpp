@@ -32,6 +32,7 @@
 #include "mole/core/context.hpp"
 #include "mole/core/error.hpp"
 #include "mole/core/view.hpp"
+#include "mole/losses/add_product.hpp"
 #include "mole/routing/routing.hpp"
 
 namespace mole::inline MOLE_ABI {
@@ -104,7 +105,7 @@ class BalanceSums {
         if (!is_real(t)) continue;
         ++real;
         const double unit = 1 / row_sum(layer.prob, t);
-        for (Index e = 0; e < experts_; ++e) sum_[e] += unit * layer.prob(t, e);
+        for (Index e = 0; e < experts_; ++e) add_product(sum_[e], unit, layer.prob(t, e));
         selected += add_counts(layer.routing, t);
       }
     }

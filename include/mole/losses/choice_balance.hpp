@@ -21,6 +21,7 @@
 #include "mole/core/context.hpp"
 #include "mole/core/error.hpp"
 #include "mole/core/view.hpp"
+#include "mole/losses/add_product.hpp"
 #include "mole/losses/token_mask.hpp"
 #include "mole/routing/select.hpp"
 
@@ -84,7 +85,8 @@ double choice_balance(const ChoiceBalance<T>& loss, MatView<const T> prob, MatVi
   for (Index e = 0; e < experts; ++e) {
     first[e] *= unit * loss.weight;
     second[e] *= unit * loss.weight * loss.second_weight;
-    value += first[e] * sum[e] + second[e] * rest[e];
+    add_product(value, first[e], sum[e]);
+    add_product(value, second[e], rest[e]);
   }
   for (Index t = begin; t < end && dprob.data != nullptr; ++t) {
     if (!mask.is_real(t)) continue;

@@ -19,6 +19,7 @@
 #include "mole/core/context.hpp"
 #include "mole/core/error.hpp"
 #include "mole/core/view.hpp"
+#include "mole/losses/add_product.hpp"
 #include "mole/losses/token_mask.hpp"
 #include "mole/routing/routing.hpp"
 
@@ -91,7 +92,9 @@ DeviceBalanceValue device_balance_loss(const DeviceBalance<T>& loss, const Routi
     const double reached = per_device * sent[d];
     value.device = std::fma(device_load, device_mean, value.device);
     value.communication = std::fma(reached, device_mean, value.communication);
-    const double shared = loss.device_weight * device_load + loss.communication_weight * reached;
+    double shared = 0;
+    add_product(shared, loss.device_weight, device_load);
+    add_product(shared, loss.communication_weight, reached);
     for (Index e = d * block; e < (d + 1) * block; ++e) {
       mean[e] = std::fma(static_cast<double>(loss.expert_weight), load[e], shared) / real;
     }
@@ -99,8 +102,9 @@ DeviceBalanceValue device_balance_loss(const DeviceBalance<T>& loss, const Routi
   for (Index t = 0; t < tokens && dprob.data != nullptr; ++t) {
     for (Index e = 0; e < experts && mask.is_real(t); ++e) dprob(t, e) += static_cast<T>(mean[e]);
   }
-  value.total = loss.expert_weight * value.expert + loss.device_weight * value.device +
-                loss.communication_weight * value.communication;
+  add_product(value.total, loss.expert_weight, value.expert);
+  add_product(value.total, loss.device_weight, value.device);
+  add_product(value.total, loss.communication_weight, value.communication);
   return value;
 }
 

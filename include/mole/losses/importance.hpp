@@ -24,6 +24,7 @@
 #include "mole/core/context.hpp"
 #include "mole/core/error.hpp"
 #include "mole/core/view.hpp"
+#include "mole/losses/add_product.hpp"
 #include "mole/losses/token_mask.hpp"
 
 namespace mole::inline MOLE_ABI {
@@ -88,12 +89,13 @@ T importance_loss(const CvSquared& how, MatView<const T> value,
   std::fill(dsum.begin(), dsum.end(), 0.0);
   const double unit = mean ? 1 / std::max(mask.count(value.rows), 1.0) : 1.0;
   for (Index t = 0; t < value.rows; ++t) {
-    for (Index e = 0; e < value.cols && mask.is_real(t); ++e) sum[e] += unit * value(t, e);
+    for (Index e = 0; e < value.cols && mask.is_real(t); ++e)
+      add_product(sum[e], unit, value(t, e));
   }
   const double loss = cv_squared(how, sum, dsum);
   for (Index t = 0; t < value.rows && dvalue.data != nullptr; ++t) {
     for (Index e = 0; e < value.cols && mask.is_real(t); ++e) {
-      dvalue(t, e) += static_cast<T>(unit * dsum[e]);
+      add_product(dvalue(t, e), unit, dsum[e]);
     }
   }
   return static_cast<T>(loss);
@@ -127,7 +129,7 @@ T localised_balance_loss(const LocalisedBalance<T>& loss, MatView<const T> prob,
     for (Index e = 0; e < experts; ++e) {
       sum(s, e) = dsum(s, e) = 0;
       for (Index t = begin[s]; t < begin[s + 1]; ++t) {
-        if (mask.is_real(t)) sum(s, e) += factor(s, e) * prob(t, e);
+        if (mask.is_real(t)) add_product(sum(s, e), factor(s, e), prob(t, e));
       }
     }
   }
@@ -138,7 +140,7 @@ T localised_balance_loss(const LocalisedBalance<T>& loss, MatView<const T> prob,
   for (Index s = 0; s < sequences && dprob.data != nullptr; ++s) {
     for (Index t = begin[s]; t < begin[s + 1]; ++t) {
       for (Index e = 0; e < experts && mask.is_real(t); ++e) {
-        dprob(t, e) += static_cast<T>(factor(s, e) * dsum(s, e));
+        add_product(dprob(t, e), factor(s, e), dsum(s, e));
       }
     }
   }

@@ -23,6 +23,7 @@
 #include "mole/core/error.hpp"
 #include "mole/core/view.hpp"
 #include "mole/kernels/math.hpp"
+#include "mole/losses/add_product.hpp"
 #include "mole/losses/importance.hpp"
 #include "mole/routing/score.hpp"
 #include "mole/routing/select.hpp"
@@ -131,7 +132,7 @@ T noisy_load_loss(const NoisyLoad<T>& loss, MatView<const T> logits,
       const double argument = row.argument(i, logits(t, e));
       const double d = dload[i] * detail::normal_density(argument) / row.deviation[i];
       dlogits(t, e) += static_cast<T>(d);
-      row.ddeviation[i] -= d * argument;
+      add_product(row.ddeviation[i], -d, argument);
       row.dvalue[row.limit_of(i)] -= d;
     }
     if (loss.limit_is_prob) {
@@ -144,7 +145,8 @@ T noisy_load_loss(const NoisyLoad<T>& loss, MatView<const T> logits,
       dlogits(t, e) += static_cast<T>(row.dz[i]);
       if (dside.data == nullptr) continue;
       const double slope = math::sigmoid<double>(side(t, e));
-      dside(t, e) += static_cast<T>((row.ddeviation[i] + noise(t, e) * row.dz[i]) * slope);
+      add_product(row.ddeviation[i], noise(t, e), row.dz[i]);
+      add_product(dside(t, e), row.ddeviation[i], slope);
     }
   }
   return static_cast<T>(value);

@@ -18,6 +18,7 @@
 #include "mole/core/config.hpp"
 #include "mole/core/context.hpp"
 #include "mole/core/view.hpp"
+#include "mole/losses/add_product.hpp"
 #include "mole/losses/entropy.hpp"
 #include "mole/losses/token_mask.hpp"
 #include "mole/routing/routing.hpp"
@@ -82,11 +83,11 @@ T soft_balance_loss(std::type_identity_t<T> weight,
     for (Index t = 0; t < routing.tokens; ++t) {
       if (!mask.is_real(t)) continue;
       for (Index e = 0; layer.dprob.data != nullptr && e < experts; ++e) {
-        layer.dprob(t, e) += static_cast<T>(factor * load[e]);
+        add_product(layer.dprob(t, e), factor, load[e]);
       }
       for (Index s = routing.token_begin[t]; !layer.dgate.empty() && s < routing.token_begin[t + 1];
            ++s) {
-        layer.dgate[s] += static_cast<T>(factor * prob[routing.expert[s]]);
+        add_product(layer.dgate[s], factor, prob[routing.expert[s]]);
       }
     }
   }

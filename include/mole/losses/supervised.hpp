@@ -23,6 +23,7 @@
 #include "mole/core/error.hpp"
 #include "mole/core/view.hpp"
 #include "mole/kernels/math.hpp"
+#include "mole/losses/add_product.hpp"
 #include "mole/losses/token_mask.hpp"
 #include "mole/routing/score.hpp"
 
@@ -89,7 +90,7 @@ T domain_loss(std::type_identity_t<T> weight, MatView<const T> logits,
     const double unit = weight / static_cast<double>(rows * layers);
     for (Index l = 0; l < layers && dlogits.data != nullptr; ++l) {
       for (Index e = 0; e < logits.cols; ++e) {
-        dlogits(l * rows + b, e) += static_cast<T>(unit * p[e]);
+        add_product(dlogits(l * rows + b, e), unit, p[e]);
       }
     }
   }
@@ -107,9 +108,9 @@ T correctness_loss(std::type_identity_t<T> weight, MatView<const T> logits,
   for (Index t = 0; t < logits.rows; ++t) {
     for (Index e = 0; e < logits.cols; ++e) {
       const double l = logits(t, e), wanted = correct(t, e) != 0 ? 1 : 0;
-      loss += math::softplus<double>(l) - wanted * l;
+      loss += wanted > 0 ? math::softplus<double>(-l) : math::softplus<double>(l);
       if (dlogits.data != nullptr) {
-        dlogits(t, e) += static_cast<T>(unit * (math::sigmoid<double>(l) - wanted));
+        add_product(dlogits(t, e), unit, math::sigmoid<double>(l) - wanted);
       }
     }
   }
@@ -162,8 +163,8 @@ double cosine(std::span<const T> a, std::span<const T> b, double share, std::spa
   if (size == 0) return 0;
   const double cosine = dot / size;
   for (std::size_t i = 0; i < a.size(); ++i) {
-    if (!da.empty()) da[i] += static_cast<T>(share * (b[i] / size - cosine * a[i] / aa));
-    if (!db.empty()) db[i] += static_cast<T>(share * (a[i] / size - cosine * b[i] / bb));
+    if (!da.empty()) add_product(da[i], share, std::fma(-cosine, a[i] / aa, b[i] / size));
+    if (!db.empty()) add_product(db[i], share, std::fma(-cosine, b[i] / bb, a[i] / size));
   }
   return cosine;
 }

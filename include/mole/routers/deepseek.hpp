@@ -174,11 +174,7 @@ Index DeepSeekRule<T>::forward(const RuleRow<T>& row, const Buffers& buffers) co
 template <class T>
 void DeepSeekRule<T>::backward(const RuleRow<T>& row, const Buffers&,
                                const RuleRowGradient<T>& d) const noexcept {
-  const std::span<T> dscore = row.work.first(row.logits.size());
-  std::copy(d.dprob.begin(), d.dprob.end(), dscore.begin());
-  stages::weigh_backward<T>(weighting, row.logits, row.prob, row.chosen, d.dgate, dscore, d.dlogits,
-                            row.gate);
-  stages::score_backward<T>(weighting.score, row.logits, row.prob, dscore, d.dlogits);
+  weighted_scores_backward(weighting, row, d);
 }
 
 #ifndef MOLE_HEADER_ONLY

@@ -210,17 +210,8 @@ void GShardRule<T>::backward(const RuleBatch<T>& batch, const Buffers&, const Ro
   const auto body = [this](const stages::SoftmaxGatesRow<T>& row) {
     if (!renormalise_before_drop) return stages::add_shares<T>(row);
     if (row.chosen.empty()) return;
-    const Index found = stages::select_top_k<T>(
-        row.logits, row.order.first(static_cast<std::size_t>(
-                        max_per_token(static_cast<Index>(row.logits.size())))));
-    T sum = renorm_epsilon, mean = T(0);
-    for (Index i = 0; i < found; ++i) sum += row.prob[row.order[i]];
-    if (sum == T(0)) return stages::add_scores<T>(row);
-    for (std::size_t i = 0; i < row.gate.size(); ++i) {
-      mean = std::fma(row.gate[i], row.dgate[i], mean);
-      row.dprob[row.chosen[i]] += row.dgate[i] / sum;
-    }
-    for (Index i = 0; i < found; ++i) row.dprob[row.order[i]] -= mean / sum;
+    const auto experts = static_cast<Index>(row.logits.size());
+    stages::add_shares_of_best<T>(row, max_per_token(experts), renorm_epsilon);
   };
   stages::softmax_gates_backward<T>(batch.logits, batch.prob, routing, d.dgate, d.dprob, d.dlogits,
                                     context, body);

@@ -196,11 +196,7 @@ Index StraightThroughRule<T>::forward(const RuleRow<T>& row, None) const noexcep
 template <class T>
 void StraightThroughRule<T>::backward(const RuleRow<T>& row, None,
                                       const RuleRowGradient<T>& d) const noexcept {
-  std::copy(d.dprob.begin(), d.dprob.end(), row.work.begin());
-  const Weighting<T> weighting{Score::softmax, false, renormalise, T(0), T(1)};
-  stages::weigh_backward<T>(weighting, row.logits, row.prob, row.chosen, d.dgate, row.work,
-                            d.dlogits, row.gate);
-  stages::softmax_backward<T>(row.prob, row.work, d.dlogits);
+  weighted_scores_backward({Score::softmax, false, renormalise, T(0), T(1)}, row, d);
 }
 
 template <class T>

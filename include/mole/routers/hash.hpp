@@ -162,11 +162,7 @@ Index HashRule<T>::forward(const RuleRow<T>& row, const Buffers& buffers) const 
 template <class T>
 void HashRule<T>::backward(const RuleRow<T>& row, const Buffers&,
                            const RuleRowGradient<T>& d) const noexcept {
-  if (!scored) return;
-  std::copy(d.dprob.begin(), d.dprob.end(), row.work.begin());
-  stages::weigh_backward<T>(weighting, row.logits, row.prob, row.chosen, d.dgate, row.work,
-                            d.dlogits, row.gate);
-  stages::score_backward<T>(weighting.score, row.logits, row.prob, row.work, d.dlogits);
+  if (scored) weighted_scores_backward(weighting, row, d);
 }
 
 #ifndef MOLE_HEADER_ONLY

@@ -121,10 +121,7 @@ Index SigmoidRule<T>::forward(const RuleRow<T>& row, None) const noexcept {
 template <class T>
 void SigmoidRule<T>::backward(const RuleRow<T>& row, None,
                               const RuleRowGradient<T>& d) const noexcept {
-  std::copy(d.dprob.begin(), d.dprob.end(), row.work.begin());
-  stages::weigh_backward<T>(weighting, row.logits, row.prob, row.chosen, d.dgate, row.work,
-                            d.dlogits, row.gate);
-  stages::score_backward<T>(Score::sigmoid, row.logits, row.prob, row.work, d.dlogits);
+  weighted_scores_backward(weighting, row, d);
 }
 
 template <class T>

@@ -174,17 +174,7 @@ void TopKCapacityRule<T>::backward(const RuleBatch<T>& batch, const Buffers&,
   const auto body = [this](const stages::SoftmaxGatesRow<T>& row) {
     if (renormalise) return stages::add_shares<T>(row);
     if (!over_selection) return stages::add_scores<T>(row);
-    // Gates are shares of all k, of which some may have been dropped.
-    const auto found = static_cast<std::size_t>(
-        stages::select_top_k<T>(row.logits, row.order.first(static_cast<std::size_t>(k))));
-    T sum = T(0), mean = T(0);
-    for (const std::int32_t e : row.order.first(found)) sum += row.prob[e];
-    if (sum == T(0)) return;
-    for (std::size_t i = 0; i < row.gate.size(); ++i) {
-      mean = std::fma(row.gate[i], row.dgate[i], mean);
-      row.dprob[row.chosen[i]] += row.dgate[i] / sum;
-    }
-    for (const std::int32_t e : row.order.first(found)) row.dprob[e] -= mean / sum;
+    stages::add_shares_of_best<T>(row, k, T(0));
   };
   stages::softmax_gates_backward<T>(batch.logits, batch.prob, routing, d.dgate, d.dprob, d.dlogits,
                                     context, body);

@@ -114,10 +114,7 @@ Index TopPRule<T>::forward(const RuleRow<T>& row, None) const noexcept {
 template <class T>
 void TopPRule<T>::backward(const RuleRow<T>& row, None,
                            const RuleRowGradient<T>& d) const noexcept {
-  std::copy(d.dprob.begin(), d.dprob.end(), row.work.begin());
-  stages::weigh_backward<T>(weighting(), row.logits, row.prob, row.chosen, d.dgate, row.work,
-                            d.dlogits, row.gate);
-  stages::softmax_backward<T>(row.prob, row.work, d.dlogits);
+  weighted_scores_backward(weighting(), row, d);
 }
 
 #ifndef MOLE_HEADER_ONLY

@@ -48,7 +48,7 @@ void update_selection_bias(double rate, std::span<const std::int64_t> counts, st
   for (std::size_t e = 0; e < bias.size(); ++e) {
     const std::int64_t lack = total - experts * counts[e];
     const int sign = (lack > 0) - (lack < 0);
-    bias[e] = static_cast<T>(static_cast<double>(bias[e]) + rate * sign);
+    bias[e] = static_cast<T>(std::fma(rate, sign, static_cast<double>(bias[e])));
   }
 }
 

@@ -12,6 +12,7 @@
 #include "mole/routing/call.hpp"
 #include "mole/routing/routing.hpp"
 #include "mole/routing/score.hpp"
+#include "mole/routing/select.hpp"
 #include "mole/routing/weight.hpp"
 
 namespace mole::inline MOLE_ABI::stages {
@@ -84,6 +85,23 @@ void add_shares(const SoftmaxGatesRow<T>& row) noexcept {
 template <class T>
 void add_scores(const SoftmaxGatesRow<T>& row) noexcept {
   for (std::size_t i = 0; i < row.chosen.size(); ++i) row.dprob[row.chosen[i]] += row.dgate[i];
+}
+
+/// dprob of gates prob / (Σ prob over the `among` best + epsilon), of which some may have been
+/// dropped. A sum of 0 has divided by 1.
+template <class T>
+void add_shares_of_best(const SoftmaxGatesRow<T>& row, Index among, T epsilon) noexcept {
+  const auto found = static_cast<std::size_t>(
+      stages::select_top_k<T>(row.logits, row.order.first(static_cast<std::size_t>(among))));
+  const std::span<const std::int32_t> best = row.order.first(found);
+  T sum = epsilon, mean = T(0);
+  for (const std::int32_t e : best) sum += row.prob[e];
+  if (sum == T(0)) return add_scores(row);
+  for (std::size_t i = 0; i < row.gate.size(); ++i) {
+    mean = std::fma(row.gate[i], row.dgate[i], mean);
+    row.dprob[row.chosen[i]] += row.dgate[i] / sum;
+  }
+  for (const std::int32_t e : best) row.dprob[e] -= mean / sum;
 }
 
 }  // namespace mole::inline MOLE_ABI::stages

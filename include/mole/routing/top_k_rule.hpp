@@ -31,11 +31,7 @@ Index TopKRule<T>::forward(const RuleRow<T>& row, None) const noexcept {
 template <class T>
 void TopKRule<T>::backward(const RuleRow<T>& row, None,
                            const RuleRowGradient<T>& d) const noexcept {
-  const std::span<T> dscore = row.work.first(row.logits.size());
-  std::copy(d.dprob.begin(), d.dprob.end(), dscore.begin());
-  stages::weigh_backward<T>(weighting, row.logits, row.prob, row.chosen, d.dgate, dscore, d.dlogits,
-                            row.gate);
-  stages::score_backward<T>(weighting.score, row.logits, row.prob, dscore, d.dlogits);
+  weighted_scores_backward(weighting, row, d);
 }
 
 #ifndef MOLE_HEADER_ONLY

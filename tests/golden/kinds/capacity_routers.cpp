@@ -18,16 +18,6 @@ using golden::RouterRun;
 using mole::Index;
 using mole::MatView;
 
-template <class T>
-Index width(Case<T>& c) {
-  return golden::router_input(c).cols;
-}
-
-template <class T>
-Index experts(Case<T>& c) {
-  return c.extent("in.dgate", 1);
-}
-
 template <class T, class Run>
 void finish(Run& run) {
   run.add_gate_gradient();
@@ -41,11 +31,11 @@ void switch_router(Case<T>& c) {
   const Index tokens = c.extent("in.dgate", 0);
   const auto begin = golden::equal_sequences(tokens, c.template config<Index>("sequences"));
   RouterRun<Router> run(c,
-                        Router({.width = width(c),
-                                .experts = experts(c),
+                        Router({.width = golden::router_width(c),
+                                .experts = golden::router_experts(c),
                                 .capacity = c.template config<Index>("capacity"),
                                 .bias = c.has("param.router.bias")}),
-                        golden::router_weights(c, experts(c)), {},
+                        golden::router_weights(c, golden::router_experts(c)), {},
                         {.x = golden::router_input(c), .sequence_begin = begin});
   run.expect_decision();
   std::vector<T> top;
@@ -82,8 +72,8 @@ void top2_capacity(Case<T>& c) {
   if (c.has("in.mask")) mask = c.mask("in.mask");
   RouterRun<Router> run(
       c,
-      Router({.width = width(c),
-              .experts = experts(c),
+      Router({.width = golden::router_width(c),
+              .experts = golden::router_experts(c),
               .capacity = c.template config<Index>("capacity"),
               .renormalise_before_drop = c.template config<std::string>("renorm") == "before_drop",
               .second = second_choice(c.template config<std::string>("second_policy")),
@@ -91,7 +81,8 @@ void top2_capacity(Case<T>& c) {
               .renorm_epsilon = c.template config<T>("renorm_eps"),
               .by_gate = by_gate,
               .bias = c.has("param.router.bias")}),
-      golden::router_weights(c, experts(c)), buffers, {.x = golden::router_input(c), .mask = mask});
+      golden::router_weights(c, golden::router_experts(c)), buffers,
+      {.x = golden::router_input(c), .mask = mask});
   run.expect_decision();
   const auto best = [&](Index t) {
     const auto row = run.tape.prob.row(t);
@@ -123,15 +114,16 @@ void top_k_capacity(Case<T>& c) {
   if (c.has("in.uniform")) buffers.uniform = c.matrix("in.uniform");
   RouterRun<Router> run(
       c,
-      Router({.width = width(c),
-              .experts = experts(c),
+      Router({.width = golden::router_width(c),
+              .experts = golden::router_experts(c),
               .k = c.template config<Index>("k"),
               .capacity = c.template config<Index>("capacity"),
               .over_selection = c.template config<std::string>("order") == "topk_then_score",
               .renormalise = c.template config<bool>("renorm_after_drop"),
               .drop = drop_by(c.template config<std::string>("drop_policy")),
               .bias = c.has("param.router.bias")}),
-      golden::router_weights(c, experts(c)), buffers, {.x = golden::router_input(c)});
+      golden::router_weights(c, golden::router_experts(c)), buffers,
+      {.x = golden::router_input(c)});
   run.expect_decision();
   c.expect("out.location", golden::locations(c, run.routing, golden::ascending(run.routing.tokens),
                                              [](Index, Index) { return true; }));
@@ -151,11 +143,11 @@ void expert_choice(Case<T>& c) {
   using Router = mole::ExpertChoiceRouter<T>;
   RouterRun<Router> run(
       c,
-      Router({.width = width(c),
-              .experts = experts(c),
+      Router({.width = golden::router_width(c),
+              .experts = golden::router_experts(c),
               .capacity_factor = c.template config<double>("capacity_factor"),
               .score = expert_choice_score(c.template config<std::string>("score"))}),
-      golden::router_weights(c, experts(c)), {}, {.x = golden::router_input(c)});
+      golden::router_weights(c, golden::router_experts(c)), {}, {.x = golden::router_input(c)});
   run.expect_decision();
   std::vector<std::int64_t> chosen;
   const MatView<T> gate = run.dense(false);
@@ -177,24 +169,25 @@ GOLDEN_KIND("router.expert_choice", expert_choice);
 template <class T>
 void sinkhorn(Case<T>& c) {
   using Router = mole::SinkhornRouter<T>;
-  const Router router({.width = width(c),
-                       .experts = experts(c),
+  const Router router({.width = golden::router_width(c),
+                       .experts = golden::router_experts(c),
                        .k = c.template config<Index>("k"),
                        .epsilon = c.template config<T>("epsilon"),
                        .tolerance = c.template config<T>("tolerance")});
-  RouterRun<Router> run(c, router, golden::router_weights(c, experts(c)),
+  RouterRun<Router> run(c, router, golden::router_weights(c, golden::router_experts(c)),
                         {.balance = c.template config<bool>("train")},
                         {.x = golden::router_input(c)});
   run.expect_decision();
   if (c.has("out.plan")) {
     const Index tokens = run.routing.tokens;
-    std::vector<T> u(static_cast<std::size_t>(tokens)), v(static_cast<std::size_t>(experts(c)));
+    std::vector<T> u(static_cast<std::size_t>(tokens)),
+        v(static_cast<std::size_t>(golden::router_experts(c)));
     std::vector<T> work(v.size());
     const MatView<const T> logits = run.tape.logits;
     c.expect("out.iterations", router.rule().scale(logits, u, v, work));
     c.expect("out.token_scaling", u);
     c.expect("out.expert_scaling", v);
-    const MatView<T> plan = golden::zeros(c, tokens, experts(c));
+    const MatView<T> plan = golden::zeros(c, tokens, golden::router_experts(c));
     for (Index t = 0; t < tokens; ++t) {
       for (Index e = 0; e < plan.cols; ++e) {
         plan(t, e) = u[t] * mole::math::exp<T>(logits(t, e)) * v[e];

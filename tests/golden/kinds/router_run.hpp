@@ -41,6 +41,16 @@ MatView<const T> router_input(Case<T>& c) {
   return c.matrix(c.has("in.x") ? "in.x" : "in.logits");
 }
 
+template <class T>
+Index router_width(Case<T>& c) {
+  return router_input(c).cols;
+}
+
+template <class T>
+Index router_experts(Case<T>& c) {
+  return c.extent("in.dgate", 1);
+}
+
 /// `sequences` equal sequences.
 inline std::vector<std::int32_t> equal_sequences(Index tokens, Index sequences) {
   std::vector<std::int32_t> begin;

@@ -36,16 +36,6 @@ mole::Score score(const std::string& name) {
   throw std::invalid_argument("unknown score " + name);
 }
 
-template <class T>
-Index width(Case<T>& c) {
-  return golden::router_input(c).cols;
-}
-
-template <class T>
-Index experts(Case<T>& c) {
-  return c.extent("in.dgate", 1);
-}
-
 /// Overrides with the forbidden experts of the case.
 template <class T>
 class Masked {
@@ -54,7 +44,8 @@ class Masked {
     if (!c.has("in.expert_mask")) return;
     forbidden_ = c.mask("in.expert_mask");
     const auto size = static_cast<Index>(forbidden_.size());
-    overrides.forbidden = {forbidden_.data(), size / experts(c), experts(c)};
+    overrides.forbidden = {forbidden_.data(), size / golden::router_experts(c),
+                           golden::router_experts(c)};
   }
   mole::Overrides<T> overrides;
 
@@ -67,8 +58,8 @@ void top_k(Case<T>& c) {
   using Router = mole::TopKRouter<T>;
   const bool scores_first = c.template config<std::string>("order") == "score_then_topk";
   const Router router(
-      {.width = width(c),
-       .experts = experts(c),
+      {.width = golden::router_width(c),
+       .experts = golden::router_experts(c),
        .k = c.template config<Index>("k"),
        .score = score(c.template config<std::string>("score")),
        .order = scores_first ? Router::Order::score_then_topk : Router::Order::topk_then_score,
@@ -88,8 +79,8 @@ template <class T>
 void dense_softmax(Case<T>& c) {
   const Masked masked(c);
   golden::run_router(c,
-                     mole::DenseRouter<T>({.width = width(c),
-                                           .experts = experts(c),
+                     mole::DenseRouter<T>({.width = golden::router_width(c),
+                                           .experts = golden::router_experts(c),
                                            .temperature = c.template config<T>("temperature"),
                                            .bias = c.has("param.router.bias")}),
                      {}, masked.overrides);
@@ -100,8 +91,8 @@ template <class T>
 void top_p(Case<T>& c) {
   const T temperature = c.template config<T>("temperature");
   golden::run_router(
-      c, mole::TopPRouter<T>({.width = width(c),
-                              .experts = experts(c),
+      c, mole::TopPRouter<T>({.width = golden::router_width(c),
+                              .experts = golden::router_experts(c),
                               .top_p = c.template config<T>("top_p"),
                               .temperature = temperature == T(0) ? T(1) : temperature}));
 }
@@ -112,8 +103,8 @@ template <class T>
 void dynmole(Case<T>& c) {
   const bool tsallis = c.template config<std::string>("entropy_type") == "tsallis";
   const typename mole::TsallisRouter<T>::Config config{
-      .width = width(c),
-      .experts = experts(c),
+      .width = golden::router_width(c),
+      .experts = golden::router_experts(c),
       .top_p = c.template config<T>("top_p"),
       .keep_top_k = c.template config<Index>("keep_top_k"),
       .entropy = tsallis ? mole::EntropyKind::tsallis : mole::EntropyKind::renyi,
@@ -143,10 +134,11 @@ template <class T>
 void threshold(Case<T>& c) {
   using Router = mole::ThresholdRouter<T>;
   RouterRun<Router> run(c,
-                        Router({.width = width(c),
-                                .experts = experts(c),
+                        Router({.width = golden::router_width(c),
+                                .experts = golden::router_experts(c),
                                 .threshold = c.template config<T>("threshold")}),
-                        golden::router_weights(c, experts(c)), {}, {.x = golden::router_input(c)});
+                        golden::router_weights(c, golden::router_experts(c)), {},
+                        {.x = golden::router_input(c)});
   run.expect_decision();
   const mole::BalanceLoss<T> loss{.count_zero_gates = true};
   c.expect("out.loss", mole::balance_loss<T>(loss, run.routing, run.tape.prob, {}, c.context()));
@@ -162,11 +154,11 @@ GOLDEN_KIND("router.mole_threshold", threshold);
 template <class T>
 void adamole(Case<T>& c) {
   using Router = mole::LearnedThresholdRouter<T>;
-  const Router router({.width = width(c),
-                       .experts = experts(c),
+  const Router router({.width = golden::router_width(c),
+                       .experts = golden::router_experts(c),
                        .max_threshold = c.template config<T>("max_threshold")});
   RouterRun<Router> run(c, router,
-                        {golden::router_weights(c, experts(c)),
+                        {golden::router_weights(c, golden::router_experts(c)),
                          {c.matrix("param.threshold.weight"), c.matrix("param.threshold.bias")}},
                         {}, {.x = golden::router_input(c)});
   run.expect_decision();
@@ -197,8 +189,8 @@ void deepseek(Case<T>& c) {
   typename Router::Buffers buffers;
   if (c.has("state.bias")) buffers.selection_bias = c.values("state.bias");
   RouterRun<Router> run(c,
-                        Router({.width = width(c),
-                                .experts = experts(c),
+                        Router({.width = golden::router_width(c),
+                                .experts = golden::router_experts(c),
                                 .k = c.template config<Index>("k"),
                                 .score = score(c.template config<std::string>("score")),
                                 .groups = c.template config<Index>("n_group"),
@@ -209,7 +201,7 @@ void deepseek(Case<T>& c) {
                                 .renorm_epsilon = c.template config<T>("renorm_eps"),
                                 .route_scale = c.template config<T>("route_scale"),
                                 .bias = c.has("param.router.bias")}),
-                        golden::router_weights(c, experts(c)), buffers,
+                        golden::router_weights(c, golden::router_experts(c)), buffers,
                         {.x = golden::router_input(c)});
   run.expect_decision();
   c.expect("out.score", run.tape.prob);
@@ -222,8 +214,8 @@ GOLDEN_KIND("router.deepseek", deepseek);
 template <class T>
 void sigmoid(Case<T>& c) {
   golden::run_router(c,
-                     mole::SigmoidRouter<T>({.width = width(c),
-                                             .experts = experts(c),
+                     mole::SigmoidRouter<T>({.width = golden::router_width(c),
+                                             .experts = golden::router_experts(c),
                                              .renormalise = c.template config<bool>("renorm"),
                                              .renorm_epsilon = c.template config<T>("renorm_eps"),
                                              .scale = c.template config<T>("scale"),
@@ -234,8 +226,9 @@ GOLDEN_KIND("router.sigmoid", sigmoid);
 template <class T>
 void relu(Case<T>& c) {
   using Router = mole::ReluRouter<T>;
-  RouterRun<Router> run(c, Router({.width = width(c), .experts = experts(c)}),
-                        golden::router_weights(c, experts(c)), {}, {.x = golden::router_input(c)});
+  RouterRun<Router> run(
+      c, Router({.width = golden::router_width(c), .experts = golden::router_experts(c)}),
+      golden::router_weights(c, golden::router_experts(c)), {}, {.x = golden::router_input(c)});
   run.expect_decision();
   const T weight = c.template config<T>("l1_coef");
   mole::SparsityLoss<T> loss{weight, c.template config<T>("target_k"), true};
@@ -275,13 +268,13 @@ void run_hash(Case<T>& c, const Router& router,
 
 template <class T>
 void hash(Case<T>& c) {
-  const Index k = c.template config<Index>("k"), count = experts(c);
+  const Index k = c.template config<Index>("k"), count = golden::router_experts(c);
   if (c.template config<std::string>("gate") == "one") {
     const Index width = c.has("in.x") ? c.extent("in.x", 1) : 1;
     return run_hash(c, mole::HashRouter<T>({.width = width, .experts = count, .k = k}), {});
   }
   run_hash(c,
-           mole::ScoredHashRouter<T>({.width = width(c),
+           mole::ScoredHashRouter<T>({.width = golden::router_width(c),
                                       .experts = count,
                                       .k = k,
                                       .score = score(c.template config<std::string>("score")),
@@ -304,7 +297,7 @@ MatView<T> largest(Case<T>& c, MatView<const T> prob) {
 
 template <class T, class Router>
 void run_llava(Case<T>& c, const Router& router) {
-  RouterRun<Router> run(c, router, golden::router_weights(c, experts(c)), {},
+  RouterRun<Router> run(c, router, golden::router_weights(c, golden::router_experts(c)), {},
                         {.x = golden::router_input(c)});
   c.expect("out.gate", run.dense(false));
   c.expect("out.prob", run.tape.prob);
@@ -321,7 +314,7 @@ void run_llava(Case<T>& c, const Router& router) {
 
 template <class T>
 void llava_mole(Case<T>& c) {
-  const Index w = width(c), n = experts(c);
+  const Index w = golden::router_width(c), n = golden::router_experts(c);
   const bool bias = c.has("param.router.bias");
   const std::string gate = c.template config<std::string>("gate");
   if (gate == "one") {
@@ -340,8 +333,8 @@ void noisy_top_k(Case<T>& c) {
   using Router = mole::NoisyTopKRouter<T>;
   const bool train = c.template config<bool>("train");
   const bool softmax_first = c.template config<std::string>("order") == "softmax_then_topk";
-  const Router router({.width = width(c),
-                       .experts = experts(c),
+  const Router router({.width = golden::router_width(c),
+                       .experts = golden::router_experts(c),
                        .k = c.template config<Index>("k"),
                        .order = softmax_first ? mole::NoisyOrder::softmax_then_topk
                                               : mole::NoisyOrder::topk_then_softmax,
@@ -350,7 +343,8 @@ void noisy_top_k(Case<T>& c) {
   typename Router::Buffers buffers;
   if (train) buffers.noise = c.matrix("in.noise");
   RouterRun<Router> run(
-      c, router, {golden::router_weights(c, experts(c)), {c.matrix("param.noise.weight"), {}}},
+      c, router,
+      {golden::router_weights(c, golden::router_experts(c)), {c.matrix("param.noise.weight"), {}}},
       buffers, {.x = golden::router_input(c)});
   const MatView<T> gate = run.dense(false), dgate = golden::zeros(c, gate.rows, gate.cols);
   c.expect("out.gate", gate);
