@@ -201,7 +201,7 @@ namespace fs = std::filesystem;
 struct Arguments {
   std::vector<fs::path> folders;
   std::vector<std::string> cases;
-  fs::path supported = fs::path(__FILE__).parent_path() / "supported.txt";
+  fs::path supported = MOLE_TEST_DATA "/golden/supported.txt";
 };
 
 /// One line of the table.
