@@ -33,12 +33,14 @@ set(MOLE_SOURCES
     src/io/safetensors_header.cpp
     src/io/safetensors_writer.cpp
     src/io/text.cpp
+    src/kernels/activation.cpp
     src/kernels/chain_product.cpp
     src/kernels/chain_product_simd.cpp
     src/kernels/dense.cpp
     src/kernels/gated_low_rank.cpp
     src/kernels/math.cpp
     src/kernels/shared_low_rank.cpp
+    src/layers/recurrent_stack.cpp
     src/losses/balance.cpp
     src/losses/choice_balance.cpp
     src/losses/device_balance.cpp
@@ -114,6 +116,8 @@ set(MOLE_HEADERS
     include/mole/io/peft_writer.hpp
     include/mole/io/safetensors.hpp
     include/mole/io/safetensors_writer.hpp
+    include/mole/kernels/activation.hpp
+    include/mole/kernels/activation_loops.hpp
     include/mole/kernels/chain_product.hpp
     include/mole/kernels/dense.hpp
     include/mole/kernels/dense_loops.hpp
@@ -121,6 +125,7 @@ set(MOLE_HEADERS
     include/mole/kernels/gated_low_rank.hpp
     include/mole/kernels/gated_low_rank_loops.hpp
     include/mole/kernels/math.hpp
+    include/mole/kernels/rows.hpp
     include/mole/kernels/shared_low_rank.hpp
     include/mole/kernels/shared_low_rank_loops.hpp
     include/mole/layers/adapted_linear.hpp
@@ -131,6 +136,8 @@ set(MOLE_HEADERS
     include/mole/layers/lora.hpp
     include/mole/layers/mixture.hpp
     include/mole/layers/owned_weights.hpp
+    include/mole/layers/recurrent_stack.hpp
+    include/mole/layers/rmoe.hpp
     include/mole/layers/session.hpp
     include/mole/losses/add_product.hpp
     include/mole/losses/balance.hpp

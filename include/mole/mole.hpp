@@ -18,11 +18,13 @@
 #include "mole/core/view.hpp"
 #include "mole/core/workspace.hpp"
 
+#include "mole/kernels/activation.hpp"
 #include "mole/kernels/chain_product.hpp"
 #include "mole/kernels/dense.hpp"
 #include "mole/kernels/gated.hpp"
 #include "mole/kernels/gated_low_rank.hpp"
 #include "mole/kernels/math.hpp"
+#include "mole/kernels/rows.hpp"
 #include "mole/kernels/shared_low_rank.hpp"
 
 #include "mole/routing/balance_bias.hpp"
@@ -84,6 +86,8 @@
 #include "mole/layers/lora.hpp"
 #include "mole/layers/mixture.hpp"
 #include "mole/layers/owned_weights.hpp"
+#include "mole/layers/recurrent_stack.hpp"
+#include "mole/layers/rmoe.hpp"
 #include "mole/layers/session.hpp"
 
 #include "mole/algebra/adapter_scales.hpp"
