@@ -61,10 +61,12 @@ set(MOLE_SOURCES
     src/routers/gshard.cpp
     src/routers/hard_top_k.cpp
     src/routers/hash.cpp
+    src/routers/mlp.cpp
     src/routers/noisy_top_k.cpp
     src/routers/sigmoid.cpp
     src/routers/sinkhorn.cpp
     src/routers/switch.cpp
+    src/routers/task.cpp
     src/routers/threshold.cpp
     src/routers/top_k.cpp
     src/routers/top_k_capacity.cpp
@@ -75,6 +77,7 @@ set(MOLE_SOURCES
     src/routing/entropy.cpp
     src/routing/limit.cpp
     src/routing/linear.cpp
+    src/routing/mlp_head.cpp
     src/routing/override.cpp
     src/routing/project.cpp
     src/routing/recurrent_cell.cpp
@@ -162,10 +165,12 @@ set(MOLE_HEADERS
     include/mole/routers/gshard.hpp
     include/mole/routers/hard_top_k.hpp
     include/mole/routers/hash.hpp
+    include/mole/routers/mlp.hpp
     include/mole/routers/noisy_top_k.hpp
     include/mole/routers/sigmoid.hpp
     include/mole/routers/sinkhorn.hpp
     include/mole/routers/switch.hpp
+    include/mole/routers/task.hpp
     include/mole/routers/threshold.hpp
     include/mole/routers/top_k.hpp
     include/mole/routers/top_k_capacity.hpp
@@ -180,6 +185,7 @@ set(MOLE_HEADERS
     include/mole/routing/head_router.hpp
     include/mole/routing/limit.hpp
     include/mole/routing/linear.hpp
+    include/mole/routing/mlp_head.hpp
     include/mole/routing/override.hpp
     include/mole/routing/project.hpp
     include/mole/routing/recurrent_cell.hpp

@@ -18,10 +18,12 @@
 #include "mole/routers/gshard.hpp"
 #include "mole/routers/hard_top_k.hpp"
 #include "mole/routers/hash.hpp"
+#include "mole/routers/mlp.hpp"
 #include "mole/routers/noisy_top_k.hpp"
 #include "mole/routers/sigmoid.hpp"
 #include "mole/routers/sinkhorn.hpp"
 #include "mole/routers/switch.hpp"
+#include "mole/routers/task.hpp"
 #include "mole/routers/threshold.hpp"
 #include "mole/routers/top_k.hpp"
 #include "mole/routers/top_k_capacity.hpp"
@@ -45,6 +47,8 @@ using RouterTypes = TypeList<
     HardTopKRouter<T>,
     HashRouter<T>,
     LearnedThresholdRouter<T>,
+    LowRankRouter<T>,
+    MlpRouter<T>,
     NoisyTopKRouter<T>,
     OnePlusRouter<T>,
     ReluRouter<T>,
@@ -53,6 +57,7 @@ using RouterTypes = TypeList<
     SinkhornRouter<T>,
     StraightThroughRouter<T>,
     SwitchRouter<T>,
+    TaskRouter<T>,
     ThresholdRouter<T>,
     TopKCapacityRouter<T>,
     TopKRouter<T>,

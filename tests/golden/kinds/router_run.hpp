@@ -84,6 +84,22 @@ inline std::vector<Index> ascending(Index count) {
   return order;
 }
 
+/// The experts of every token by falling key, `k` a token, -1 where there is none.
+template <class T>
+std::vector<std::int32_t> selected_by(const mole::Routing<T>& routing, MatView<const T> key,
+                                      Index k) {
+  std::vector<std::int32_t> all;
+  for (Index t = 0; t < routing.tokens; ++t) {
+    std::vector<std::int32_t> row(routing.expert.begin() + routing.token_begin[t],
+                                  routing.expert.begin() + routing.token_begin[t + 1]);
+    std::stable_sort(row.begin(), row.end(),
+                     [&](std::int32_t a, std::int32_t b) { return key(t, a) > key(t, b); });
+    row.resize(static_cast<std::size_t>(k), -1);
+    all.insert(all.end(), row.begin(), row.end());
+  }
+  return all;
+}
+
 template <class Router>
 class RouterRun {
  public:

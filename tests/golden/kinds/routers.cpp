@@ -4,17 +4,15 @@
 #include <vector>
 
 #include "golden/golden.hpp"
+#include "golden/kinds/noisy.hpp"
 #include "golden/kinds/router_run.hpp"
 #include "mole/losses/balance.hpp"
-#include "mole/losses/importance.hpp"
-#include "mole/losses/noisy_load.hpp"
 #include "mole/losses/shifted_balance.hpp"
 #include "mole/losses/sparsity.hpp"
 #include "mole/routers/deepseek.hpp"
 #include "mole/routers/dense.hpp"
 #include "mole/routers/hard_top_k.hpp"
 #include "mole/routers/hash.hpp"
-#include "mole/routers/noisy_top_k.hpp"
 #include "mole/routers/sigmoid.hpp"
 #include "mole/routers/threshold.hpp"
 #include "mole/routers/top_k.hpp"
@@ -331,68 +329,13 @@ GOLDEN_KIND("router.llava_mole", llava_mole);
 template <class T>
 void noisy_top_k(Case<T>& c) {
   using Router = mole::NoisyTopKRouter<T>;
-  const bool train = c.template config<bool>("train");
-  const bool softmax_first = c.template config<std::string>("order") == "softmax_then_topk";
-  const Router router({.width = golden::router_width(c),
-                       .experts = golden::router_experts(c),
-                       .k = c.template config<Index>("k"),
-                       .order = softmax_first ? mole::NoisyOrder::softmax_then_topk
-                                              : mole::NoisyOrder::topk_then_softmax,
-                       .noise_epsilon = c.template config<T>("noise_epsilon"),
-                       .renorm_epsilon = c.template config<T>("renorm_eps")});
-  typename Router::Buffers buffers;
-  if (train) buffers.noise = c.matrix("in.noise");
+  const Router router = golden::noisy_router(c, golden::router_width(c), golden::router_experts(c));
   RouterRun<Router> run(
       c, router,
       {golden::router_weights(c, golden::router_experts(c)), {c.matrix("param.noise.weight"), {}}},
-      buffers, {.x = golden::router_input(c)});
-  const MatView<T> gate = run.dense(false), dgate = golden::zeros(c, gate.rows, gate.cols);
-  c.expect("out.gate", gate);
-  c.expect("out.mask", run.dense(true));
-  const MatView<T> z = golden::zeros(c, gate.rows, gate.cols);
-  for (Index t = 0; t < z.rows; ++t) {
-    std::copy_n(run.tape.logits.row(t).begin(), z.cols, z.row(t).begin());
-    if (train) {
-      router.rule().noisy_logits(run.tape.logits.row(t), run.tape.side.row(t), buffers.noise.row(t),
-                                 z.row(t));
-    }
-  }
-  c.expect("out.logits", z);
-  std::vector<double> importance(static_cast<std::size_t>(gate.cols)), load(importance.size());
-  for (Index t = 0; t < gate.rows; ++t) {
-    for (Index e = 0; e < gate.cols; ++e) {
-      importance[e] += gate(t, e);
-      load[e] += gate(t, e) > T(0);
-    }
-  }
-  c.expect("out.importance", importance);
-  const double weight = c.template config<double>("loss_coef");
-  const double share = weight * c.template config<double>("loss_weight");
-  const MatView<const T> gates = gate, logits = run.tape.logits;
-  double loss = mole::importance_loss<T>({weight}, gates, {}, c.context());
-  mole::importance_loss<T>({share}, gates, dgate, c.context());
-  if (train && router.max_per_token() < router.experts()) {
-    mole::NoisyLoad<T> how{
-        .weight = weight,
-        .k = router.max_per_token(),
-        .noise_epsilon = c.template config<T>("noise_epsilon"),
-        .limit_is_prob = c.template config<std::string>("load_threshold") == "prob"};
-    loss += mole::noisy_load_loss<T>(how, logits, run.tape.side, buffers.noise, load, {}, {},
-                                     c.context());
-    how.weight = share;
-    mole::noisy_load_loss<T>(how, logits, run.tape.side, buffers.noise, load, run.d_tape.logits,
-                             run.d_tape.side, c.context());
-  } else {
-    loss += mole::cv_squared({weight}, load, {});
-  }
-  c.expect("out.load", load);
-  c.expect("out.loss", loss);
+      golden::noisy_buffers(c), {.x = golden::router_input(c)});
+  golden::run_noisy_losses(c, router, run.routing, run.tape, run.d_tape);
   run.add_gate_gradient();
-  for (Index t = 0; t < gate.rows; ++t) {
-    for (Index s = run.routing.token_begin[t]; s < run.routing.token_begin[t + 1]; ++s) {
-      run.d_tape.gate(0, s) += dgate(t, run.routing.expert[s]);
-    }
-  }
   run.backward();
   run.expect_gradients(run.grad.router);
   c.expect("grad.param.noise.weight", run.grad.side.weight);
