@@ -61,8 +61,12 @@ set(MOLE_SOURCES
     src/routers/gshard.cpp
     src/routers/hard_top_k.cpp
     src/routers/hash.cpp
+    src/routers/lora_mixer.cpp
     src/routers/mlp.cpp
+    src/routers/mova.cpp
     src/routers/noisy_top_k.cpp
+    src/routers/pathway.cpp
+    src/routers/sequence.cpp
     src/routers/sigmoid.cpp
     src/routers/sinkhorn.cpp
     src/routers/switch.cpp
@@ -79,6 +83,7 @@ set(MOLE_SOURCES
     src/routing/linear.cpp
     src/routing/mlp_head.cpp
     src/routing/override.cpp
+    src/routing/pool.cpp
     src/routing/project.cpp
     src/routing/recurrent_cell.cpp
     src/routing/routing.cpp
@@ -165,8 +170,12 @@ set(MOLE_HEADERS
     include/mole/routers/gshard.hpp
     include/mole/routers/hard_top_k.hpp
     include/mole/routers/hash.hpp
+    include/mole/routers/lora_mixer.hpp
     include/mole/routers/mlp.hpp
+    include/mole/routers/mova.hpp
     include/mole/routers/noisy_top_k.hpp
+    include/mole/routers/pathway.hpp
+    include/mole/routers/sequence.hpp
     include/mole/routers/sigmoid.hpp
     include/mole/routers/sinkhorn.hpp
     include/mole/routers/switch.hpp
@@ -187,6 +196,7 @@ set(MOLE_HEADERS
     include/mole/routing/linear.hpp
     include/mole/routing/mlp_head.hpp
     include/mole/routing/override.hpp
+    include/mole/routing/pool.hpp
     include/mole/routing/project.hpp
     include/mole/routing/recurrent_cell.hpp
     include/mole/routing/router.hpp

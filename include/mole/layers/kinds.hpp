@@ -18,8 +18,10 @@
 #include "mole/routers/gshard.hpp"
 #include "mole/routers/hard_top_k.hpp"
 #include "mole/routers/hash.hpp"
+#include "mole/routers/lora_mixer.hpp"
 #include "mole/routers/mlp.hpp"
 #include "mole/routers/noisy_top_k.hpp"
+#include "mole/routers/sequence.hpp"
 #include "mole/routers/sigmoid.hpp"
 #include "mole/routers/sinkhorn.hpp"
 #include "mole/routers/switch.hpp"
@@ -47,12 +49,14 @@ using RouterTypes = TypeList<
     HardTopKRouter<T>,
     HashRouter<T>,
     LearnedThresholdRouter<T>,
+    LoraMixerRouter<T>,
     LowRankRouter<T>,
     MlpRouter<T>,
     NoisyTopKRouter<T>,
     OnePlusRouter<T>,
     ReluRouter<T>,
     ScoredHashRouter<T>,
+    SequenceRouter<T>,
     SigmoidRouter<T>,
     SinkhornRouter<T>,
     StraightThroughRouter<T>,
