@@ -47,6 +47,7 @@ set(MOLE_SOURCES
     src/losses/entropy.cpp
     src/losses/importance.cpp
     src/losses/noisy_load.cpp
+    src/losses/routing_contrastive.cpp
     src/losses/shifted_balance.cpp
     src/losses/soft_balance.cpp
     src/losses/sparsity.cpp
@@ -56,7 +57,9 @@ set(MOLE_SOURCES
     src/routers/deepseek.cpp
     src/routers/dense.cpp
     src/routers/expert_choice.cpp
+    src/routers/forced.cpp
     src/routers/given.cpp
+    src/routers/grouped.cpp
     src/routers/gru.cpp
     src/routers/gshard.cpp
     src/routers/hard_top_k.cpp
@@ -64,8 +67,12 @@ set(MOLE_SOURCES
     src/routers/lora_mixer.cpp
     src/routers/mlp.cpp
     src/routers/mova.cpp
+    src/routers/near_best.cpp
     src/routers/noisy_top_k.cpp
     src/routers/pathway.cpp
+    src/routers/prototype.cpp
+    src/routers/prototype_choice.cpp
+    src/routers/rank.cpp
     src/routers/sequence.cpp
     src/routers/sigmoid.cpp
     src/routers/sinkhorn.cpp
@@ -85,6 +92,8 @@ set(MOLE_SOURCES
     src/routing/override.cpp
     src/routing/pool.cpp
     src/routing/project.cpp
+    src/routing/prototype_head.cpp
+    src/routing/prototype_rule.cpp
     src/routing/recurrent_cell.cpp
     src/routing/routing.cpp
     src/routing/score.cpp
@@ -98,6 +107,7 @@ set(MOLE_HEADERS
     include/mole/algebra/adapter_scales.hpp
     include/mole/algebra/merge.hpp
     include/mole/algebra/residual_base.hpp
+    include/mole/algebra/soft_merge.hpp
     include/mole/core/config.hpp
     include/mole/core/context.hpp
     include/mole/core/describe.hpp
@@ -144,6 +154,7 @@ set(MOLE_HEADERS
     include/mole/layers/lora.hpp
     include/mole/layers/mixture.hpp
     include/mole/layers/owned_weights.hpp
+    include/mole/layers/payload_lookup.hpp
     include/mole/layers/recurrent_stack.hpp
     include/mole/layers/rmoe.hpp
     include/mole/layers/session.hpp
@@ -154,6 +165,8 @@ set(MOLE_HEADERS
     include/mole/losses/entropy.hpp
     include/mole/losses/importance.hpp
     include/mole/losses/noisy_load.hpp
+    include/mole/losses/pull.hpp
+    include/mole/losses/routing_contrastive.hpp
     include/mole/losses/shifted_balance.hpp
     include/mole/losses/soft_balance.hpp
     include/mole/losses/sparsity.hpp
@@ -165,7 +178,9 @@ set(MOLE_HEADERS
     include/mole/routers/deepseek.hpp
     include/mole/routers/dense.hpp
     include/mole/routers/expert_choice.hpp
+    include/mole/routers/forced.hpp
     include/mole/routers/given.hpp
+    include/mole/routers/grouped.hpp
     include/mole/routers/gru.hpp
     include/mole/routers/gshard.hpp
     include/mole/routers/hard_top_k.hpp
@@ -173,8 +188,12 @@ set(MOLE_HEADERS
     include/mole/routers/lora_mixer.hpp
     include/mole/routers/mlp.hpp
     include/mole/routers/mova.hpp
+    include/mole/routers/near_best.hpp
     include/mole/routers/noisy_top_k.hpp
     include/mole/routers/pathway.hpp
+    include/mole/routers/prototype.hpp
+    include/mole/routers/prototype_choice.hpp
+    include/mole/routers/rank.hpp
     include/mole/routers/sequence.hpp
     include/mole/routers/sigmoid.hpp
     include/mole/routers/sinkhorn.hpp
@@ -198,6 +217,8 @@ set(MOLE_HEADERS
     include/mole/routing/override.hpp
     include/mole/routing/pool.hpp
     include/mole/routing/project.hpp
+    include/mole/routing/prototype_head.hpp
+    include/mole/routing/prototype_rule.hpp
     include/mole/routing/recurrent_cell.hpp
     include/mole/routing/router.hpp
     include/mole/routing/routing.hpp

@@ -14,13 +14,19 @@
 #include "mole/routers/deepseek.hpp"
 #include "mole/routers/dense.hpp"
 #include "mole/routers/expert_choice.hpp"
+#include "mole/routers/forced.hpp"
 #include "mole/routers/given.hpp"
+#include "mole/routers/grouped.hpp"
 #include "mole/routers/gshard.hpp"
 #include "mole/routers/hard_top_k.hpp"
 #include "mole/routers/hash.hpp"
 #include "mole/routers/lora_mixer.hpp"
 #include "mole/routers/mlp.hpp"
+#include "mole/routers/near_best.hpp"
 #include "mole/routers/noisy_top_k.hpp"
+#include "mole/routers/prototype.hpp"
+#include "mole/routers/prototype_choice.hpp"
+#include "mole/routers/rank.hpp"
 #include "mole/routers/sequence.hpp"
 #include "mole/routers/sigmoid.hpp"
 #include "mole/routers/sinkhorn.hpp"
@@ -44,16 +50,23 @@ using RouterTypes = TypeList<
     DeepSeekRouter<T>,
     DenseRouter<T>,
     ExpertChoiceRouter<T>,
+    ForcedRouter<T>,
     GShardRouter<T>,
     GivenRouter<T>,
+    GroupedRouter<T>,
     HardTopKRouter<T>,
     HashRouter<T>,
     LearnedThresholdRouter<T>,
     LoraMixerRouter<T>,
     LowRankRouter<T>,
     MlpRouter<T>,
+    NearBestRouter<T>,
     NoisyTopKRouter<T>,
     OnePlusRouter<T>,
+    PrototypeChoiceRouter<T>,
+    PrototypeRouter<T>,
+    RandomRouter<T>,
+    RankRouter<T>,
     ReluRouter<T>,
     ScoredHashRouter<T>,
     SequenceRouter<T>,

@@ -28,15 +28,17 @@ double scale_of(Case<T>& c, Index rank) {
   throw std::invalid_argument("unknown scaling " + how);
 }
 
-/// Experts of two tensors A [experts, rank, in] and B [experts, out, rank].
+/// Experts of two tensors A [experts, rank, in] and B [experts, out, rank], or one expert of
+/// A [rank, in] and B [out, rank].
 template <class T>
 class Experts {
  public:
   Experts(Case<T>& c, const std::string& prefix)
       : c_(c), prefix_(prefix), a_(c.matrix(prefix + "A")), b_(c.matrix(prefix + "B")) {
-    const Index count = c.extent(prefix + "A", 0), rank = b_.cols;
+    const bool is_one = c.shape(prefix + "A").size() == 2;
+    const Index count = is_one ? 1 : c.extent(prefix + "A", 0), rank = b_.cols;
     config.in = a_.cols;
-    config.out = c.extent(prefix + "B", 1);
+    config.out = c.extent(prefix + "B", is_one ? 0 : 1);
     config.rank.assign(static_cast<std::size_t>(count), rank);
     const double scale = scale_of(c, rank);
     config.scale.assign(static_cast<std::size_t>(count), static_cast<T>(scale));
@@ -167,7 +169,9 @@ class MixtureRun {
     mole::params::zero(d_tape);
     y = zeros(c, count, layer_.output_width());
     dx = zeros(c, count, input.x.cols);
-    d_router_x = zeros(c, input.router_x.rows, input.router_x.cols);
+    if (input.router_x.data != nullptr) {
+      d_router_x = zeros(c, input.router_x.rows, input.router_x.cols);
+    }
     grad.router = layer_.router().make_params(c.memory());
     mole::params::zero(grad.router);
     grad.experts = experts_gradient;
