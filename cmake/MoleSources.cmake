@@ -79,6 +79,7 @@ set(MOLE_SOURCES
     src/routers/switch.cpp
     src/routers/task.cpp
     src/routers/threshold.cpp
+    src/routers/top_any.cpp
     src/routers/top_k.cpp
     src/routers/top_k_capacity.cpp
     src/routers/top_p.cpp
@@ -200,6 +201,7 @@ set(MOLE_HEADERS
     include/mole/routers/switch.hpp
     include/mole/routers/task.hpp
     include/mole/routers/threshold.hpp
+    include/mole/routers/top_any.hpp
     include/mole/routers/top_k.hpp
     include/mole/routers/top_k_capacity.hpp
     include/mole/routers/top_p.hpp

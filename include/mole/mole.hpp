@@ -70,6 +70,7 @@
 #include "mole/routers/switch.hpp"
 #include "mole/routers/task.hpp"
 #include "mole/routers/threshold.hpp"
+#include "mole/routers/top_any.hpp"
 #include "mole/routers/top_k.hpp"
 #include "mole/routers/top_k_capacity.hpp"
 #include "mole/routers/top_p.hpp"

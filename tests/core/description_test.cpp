@@ -212,7 +212,7 @@ TEMPLATE_TEST_CASE("every kind of the registry is unique and comes back from JSO
   };
   check(mole::RouterTypes<TestType>());
   check(mole::BankTypes<TestType>());
-  CHECK(kinds.size() == 37);
+  CHECK(kinds.size() == 38);
   CHECK(thrown([&] { with_kind(mole::BankTypes<TestType>(), "dora", [](auto) {}); }) ==
         "unsupported: kind \"dora\" is unknown, expected one of lora_bank, shared_down_bank, "
         "shared_up_bank");

@@ -4,6 +4,7 @@
 #include "contracts/router_table.hpp"
 #include "mole/losses/routing_contrastive.hpp"
 #include "mole/routers/prototype_choice.hpp"
+#include "mole/routers/top_any.hpp"
 #include "support/slots.hpp"
 
 namespace {
@@ -22,6 +23,10 @@ void each_router(Keep keep) {
                   .weight = PrototypeWeight::softmax_of_selected, .scale = T(2)));
   keep(ROUTER_ROW(PrototypeRouter, .width = 13, .experts = 7, .k = 2,
                   .weight = PrototypeWeight::unit));
+  keep(ROUTER_ROW(PrototypeRouter, .width = 13, .experts = 7, .k = 3,
+                  .weight = PrototypeWeight::softmax, .learned_scale = true, .projection = 4));
+  keep(ROUTER_ROW(TopAnyRouter, .width = 13, .experts = 7));
+  keep(ROUTER_ROW(TopAnyRouter, .width = 13, .experts = 67, .average = false, .scale = T(2)));
   keep(ROUTER_ROW(PrototypeChoiceRouter, .width = 13, .experts = 7, .k = 2));
   keep(ROUTER_ROW(PrototypeChoiceRouter, .width = 13, .experts = 7,
                   .weight = PrototypeWeight::sigmoid));
@@ -87,6 +92,70 @@ TEST_CASE("A prototype router looks at directions, not at lengths", "[routers]")
   }
   for (Index i = 0; i < 4; ++i) problem.x(0, i) = 0;
   CHECK(test::decide(use, problem).logits(0, 0) == 0);
+}
+
+TEST_CASE("A top-any router takes every expert above its threshold, or else the best",
+          "[routers]") {
+  using Router = mole::TopAnyRouter<double>;
+  test::RouterCase<Router> use(Router({.width = 4, .experts = 3}), {});
+  for (Index e = 0; e < 3; ++e) use.params.threshold(0, e) = e == 2 ? 2 : -0.25;
+  use.prepare();
+  const auto problem = use.problem(20);
+  test::RouterCall<Router> call(use, problem);
+  call.forward();
+  const auto decision = call.decision();
+  std::size_t most = 0;
+  bool fell_back = false;
+  for (Index t = 0; t < 20; ++t) {
+    std::vector<std::int32_t> above;
+    for (Index e = 0; e < 3; ++e) {
+      if (decision.logits(t, e) > use.params.threshold(0, e)) {
+        above.push_back(static_cast<std::int32_t>(e));
+      }
+      CHECK(decision.prob(t, e) == Catch::Approx(1 / (1 + std::exp(-decision.logits(t, e)))));
+    }
+    most = std::max(most, above.size());
+    if (above.empty()) {
+      fell_back = true;
+      REQUIRE(decision.experts[t].size() == 1);
+      const Index best = decision.experts[t][0];
+      for (Index e = 0; e < 3; ++e) CHECK(decision.logits(t, e) <= decision.logits(t, best));
+    } else {
+      CHECK(decision.experts[t] == above);
+    }
+    for (const double gate : decision.gates[t]) {
+      CHECK(gate == 1.0 / static_cast<double>(decision.gates[t].size()));
+    }
+  }
+  CHECK(most == 2);
+  CHECK(fell_back);
+}
+
+TEST_CASE("A top-any router passes the gradient of its gates straight to both sides", "[routers]") {
+  using Router = mole::TopAnyRouter<double>;
+  test::RouterCase<Router> use(Router({.width = 4, .experts = 3}), {});
+  for (Index e = 0; e < 3; ++e) use.params.threshold(0, e) = -0.5;
+  use.prepare();
+  const auto problem = use.problem(6);
+  test::RouterCall<Router> call(use, problem);
+  call.forward();
+  const auto gates = call.decision();
+  test::Matrix<double> want(1, 3);
+  call.set_upstream();
+  for (Index t = 0; t < 6; ++t) {
+    for (const std::int32_t e : gates.experts[t]) {
+      const double upstream = test::RouterCall<Router>::upstream(problem.ids[t], e, 3);
+      const double share = upstream / static_cast<double>(gates.experts[t].size());
+      const double s = 1 / (1 + std::exp(0.5));
+      want(0, e) -= share * s * (1 - s);
+    }
+  }
+  call.backward();
+  const auto gradient = call.gradient();
+  for (Index e = 0; e < 3; ++e) {
+    CHECK(gradient.params[gradient.params.size() - 3 + static_cast<std::size_t>(e)] ==
+          Catch::Approx(want(0, e)));
+  }
 }
 
 TEST_CASE("Experts choose the same number of tokens from every sequence", "[routers]") {

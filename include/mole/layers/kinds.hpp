@@ -33,6 +33,7 @@
 #include "mole/routers/switch.hpp"
 #include "mole/routers/task.hpp"
 #include "mole/routers/threshold.hpp"
+#include "mole/routers/top_any.hpp"
 #include "mole/routers/top_k.hpp"
 #include "mole/routers/top_k_capacity.hpp"
 #include "mole/routers/top_p.hpp"
@@ -76,6 +77,7 @@ using RouterTypes = TypeList<
     SwitchRouter<T>,
     TaskRouter<T>,
     ThresholdRouter<T>,
+    TopAnyRouter<T>,
     TopKCapacityRouter<T>,
     TopKRouter<T>,
     TopPRouter<T>,

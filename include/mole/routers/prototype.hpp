@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // PrototypeRouter: every expert has a prototype, a token goes to those it is most like.
 //
-//   l = scale · cos(x, p_e) (+ overrides)     S = the k largest, ties to the lower expert
+//   l = scale · cos(u, p_e) (+ overrides)     u = x, or x Qᵀ     S = the k largest, ties to the
+//   lower expert
 //
 //   weight                   g on S                  prob, what losses see
 //   cosine                   l, may be negative      softmax(l)
@@ -10,15 +11,16 @@
 //   softmax_of_selected      softmax of l over S     softmax(l)
 //   unit                     1                       softmax(l)
 //
-// Shapes: x [tokens, width], prototypes p [experts, width], or [experts - 1, width] with an
-// unconditional expert: tokens with the id `unconditional_id` have the last expert with gate 1 and
-// no gradient, others never have it. The selection is a constant in backward; a prototype that is
-// never chosen moves only by losses.
+// Shapes: x [tokens, width], Q [projection, width] if there is one, prototypes p [experts, width of
+// u], one row less with an unconditional expert: tokens with the id `unconditional_id` have the
+// last expert with gate 1 and no gradient, others never have it. The selection is a constant in
+// backward; a prototype that is never chosen moves only by losses.
 //
 // ProMoE (Wei et al., "Routing Matters in MoE: Scaling Diffusion Transformers with Explicit
 // Routing Guidance", 2025): cosine, k = 1, with routing_contrastive_loss
 // (losses/routing_contrastive.hpp). Adapter banks that are looked up by key (Uni-RAG): x the query,
-// prototypes the keys, k = experts with softmax, or the best k.
+// prototypes the keys, k = experts with softmax, or the best k. X-MoE (Chi et al., "On the
+// Representation Collapse of Sparse Mixture of Experts", 2022): a projection, a learned scale.
 #pragma once
 
 #include "mole/core/config.hpp"
@@ -37,6 +39,8 @@ class PrototypeRouter : public HeadRouter<T, PrototypeHead<T>, PrototypeRule<T>>
     Index k = 1;        ///< 1 ... experts with a prototype
     PrototypeWeight weight = PrototypeWeight::cosine;
     T scale = T(1);
+    bool learned_scale = false;  ///< the scale is a parameter
+    Index projection = 0;        ///< width in which tokens and prototypes are compared; 0: of x
     bool unconditional = false;  ///< the last expert is for tokens with unconditional_id
     std::int32_t unconditional_id = -1;
 
@@ -48,6 +52,8 @@ class PrototypeRouter : public HeadRouter<T, PrototypeHead<T>, PrototypeRule<T>>
       f(Field::required("k"), c.k...);
       f(Field{"weight"}, c.weight...);
       f(Field{"scale"}, c.scale...);
+      f(Field{"learned_scale"}, c.learned_scale...);
+      f(Field{"projection"}, c.projection...);
       f(Field{"unconditional"}, c.unconditional...);
       f(Field{"unconditional_id"}, c.unconditional_id...);
     }

@@ -70,6 +70,8 @@ class PrototypeChoiceRouter : public HeadRouter<T, PrototypeHead<T>, PrototypeCh
     Index k = 1;                                       ///< at least 1; experts a token on average
     PrototypeWeight weight = PrototypeWeight::cosine;  ///< cosine, sigmoid or softmax
     T scale = T(1);
+    bool learned_scale = false;  ///< the scale is a parameter
+    Index projection = 0;        ///< width in which tokens and prototypes are compared; 0: of x
     bool unconditional = false;  ///< the last expert is for tokens with unconditional_id
     std::int32_t unconditional_id = -1;
 
@@ -81,6 +83,8 @@ class PrototypeChoiceRouter : public HeadRouter<T, PrototypeHead<T>, PrototypeCh
       f(Field::required("k"), c.k...);
       f(Field{"weight"}, c.weight...);
       f(Field{"scale"}, c.scale...);
+      f(Field{"learned_scale"}, c.learned_scale...);
+      f(Field{"projection"}, c.projection...);
       f(Field{"unconditional"}, c.unconditional...);
       f(Field{"unconditional_id"}, c.unconditional_id...);
     }

@@ -64,9 +64,14 @@ PrototypeHead<T> prototype_head(const char* router, const Config& config) {
                 config.unconditional ? "at least 2, one of them unconditional" : "at least 1",
                 config.experts);
   require_field(std::isfinite(config.scale), router, "scale", "a finite number", config.scale);
-  return {{config.width, routed, false},
-          config.scale,
-          {config.unconditional, static_cast<std::int32_t>(config.unconditional_id)}};
+  require_field(config.projection >= 0, router, "projection", "at least 0", config.projection);
+  PrototypeHead<T> head;
+  head.prototypes = {config.projection > 0 ? config.projection : config.width, routed, false};
+  if (config.projection > 0) head.projection = {config.width, config.projection, false};
+  head.scale = config.scale;
+  head.learned_scale = config.learned_scale;
+  head.unconditional = {config.unconditional, config.unconditional_id};
+  return head;
 }
 
 template <class T>
