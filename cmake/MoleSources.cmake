@@ -6,7 +6,9 @@ include_guard()
 set(MOLE_SOURCES
     src/algebra/residual_base.cpp
     src/core/parallel.cpp
+    src/experts/film_bank.cpp
     src/experts/lora_bank.cpp
+    src/experts/modulated_bank.cpp
     src/experts/shared_down_bank.cpp
     src/experts/shared_up_bank.cpp
     src/io/description_json.cpp
@@ -39,7 +41,9 @@ set(MOLE_SOURCES
     src/kernels/dense.cpp
     src/kernels/gated_low_rank.cpp
     src/kernels/math.cpp
+    src/kernels/norm.cpp
     src/kernels/shared_low_rank.cpp
+    src/layers/dmoerm.cpp
     src/layers/recurrent_stack.cpp
     src/losses/balance.cpp
     src/losses/choice_balance.cpp
@@ -79,11 +83,13 @@ set(MOLE_SOURCES
     src/routers/switch.cpp
     src/routers/task.cpp
     src/routers/threshold.cpp
+    src/routers/tie_top_k.cpp
     src/routers/top_any.cpp
     src/routers/top_k.cpp
     src/routers/top_k_capacity.cpp
     src/routers/top_p.cpp
     src/routers/tsallis.cpp
+    src/routers/uncertainty.cpp
     src/routers/unit.cpp
     src/routing/call.cpp
     src/routing/entropy.cpp
@@ -123,7 +129,9 @@ set(MOLE_HEADERS
     include/mole/core/view.hpp
     include/mole/core/workspace.hpp
     include/mole/experts/expert_bank.hpp
+    include/mole/experts/film_bank.hpp
     include/mole/experts/lora_bank.hpp
+    include/mole/experts/modulated_bank.hpp
     include/mole/experts/shared_down_bank.hpp
     include/mole/experts/shared_up_bank.hpp
     include/mole/io/description_json.hpp
@@ -144,16 +152,19 @@ set(MOLE_HEADERS
     include/mole/kernels/gated_low_rank.hpp
     include/mole/kernels/gated_low_rank_loops.hpp
     include/mole/kernels/math.hpp
+    include/mole/kernels/norm.hpp
     include/mole/kernels/rows.hpp
     include/mole/kernels/shared_low_rank.hpp
     include/mole/kernels/shared_low_rank_loops.hpp
     include/mole/layers/adapted_linear.hpp
     include/mole/layers/any_layer.hpp
     include/mole/layers/description.hpp
+    include/mole/layers/dmoerm.hpp
     include/mole/layers/kinds.hpp
     include/mole/layers/layer_input.hpp
     include/mole/layers/lora.hpp
     include/mole/layers/mixture.hpp
+    include/mole/layers/mofme.hpp
     include/mole/layers/owned_weights.hpp
     include/mole/layers/payload_lookup.hpp
     include/mole/layers/recurrent_stack.hpp
@@ -201,11 +212,13 @@ set(MOLE_HEADERS
     include/mole/routers/switch.hpp
     include/mole/routers/task.hpp
     include/mole/routers/threshold.hpp
+    include/mole/routers/tie_top_k.hpp
     include/mole/routers/top_any.hpp
     include/mole/routers/top_k.hpp
     include/mole/routers/top_k_capacity.hpp
     include/mole/routers/top_p.hpp
     include/mole/routers/tsallis.hpp
+    include/mole/routers/uncertainty.hpp
     include/mole/routers/unit.hpp
     include/mole/routing/balance_bias.hpp
     include/mole/routing/call.hpp

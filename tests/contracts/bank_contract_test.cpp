@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "contracts/bank_contract.hpp"
 
+#include "mole/experts/film_bank.hpp"
 #include "mole/experts/lora_bank.hpp"
+#include "mole/experts/modulated_bank.hpp"
 #include "mole/experts/shared_down_bank.hpp"
 #include "mole/experts/shared_up_bank.hpp"
 #include "support/thread_pool.hpp"
@@ -10,8 +12,10 @@ namespace {
 
 using mole::bf16;
 using mole::f16;
+using mole::FilmBank;
 using mole::Index;
 using mole::LoraBank;
+using mole::ModulatedBank;
 using mole::SharedDownBank;
 using mole::SharedUpBank;
 
@@ -70,6 +74,19 @@ TEST_CASE("every bank keeps the bank contract", "[bank]") {
   SECTION("SharedUpBank<float>") {
     test::bank_contract(shared<SharedUpBank<float>>());
   }
+  SECTION("FilmBank<double>") {
+    test::bank_contract(FilmBank<double>({.width = 11, .experts = 5}));
+  }
+  SECTION("FilmBank<float>, shifted") {
+    test::bank_contract(FilmBank<float>({.width = 67, .experts = 4, .shifted = true}));
+    test::bank_contract(FilmBank<double>({.width = 5, .experts = 4, .shifted = true}));
+  }
+  SECTION("ModulatedBank<double>") {
+    test::bank_contract(shared<ModulatedBank<double>>());
+  }
+  SECTION("ModulatedBank<float>") {
+    test::bank_contract(shared<ModulatedBank<float>>());
+  }
 }
 
 TEST_CASE("banks allocate nothing at width 4096", "[bank]") {
@@ -78,6 +95,7 @@ TEST_CASE("banks allocate nothing at width 4096", "[bank]") {
   check(lora<float, bf16>(false, 4096, 4096));
   check(shared<SharedDownBank<float>>(4096, 4096, 16));
   check(shared<SharedUpBank<float>>(4096, 4096, 16));
+  check(shared<ModulatedBank<float>>(4096, 4096, 16));
 }
 
 TEST_CASE("banks give the same bits on any number of threads", "[bank][threads]") {
@@ -95,4 +113,6 @@ TEST_CASE("banks give the same bits on any number of threads", "[bank][threads]"
   check(lora<double>());
   check(shared<SharedDownBank<float>>());
   check(shared<SharedUpBank<float>>());
+  check(shared<ModulatedBank<float>>());
+  check(FilmBank<float>({.width = 67, .experts = 4, .shifted = true}));
 }

@@ -8,7 +8,9 @@
 #include <type_traits>
 
 #include "mole/core/describe.hpp"
+#include "mole/experts/film_bank.hpp"
 #include "mole/experts/lora_bank.hpp"
+#include "mole/experts/modulated_bank.hpp"
 #include "mole/experts/shared_down_bank.hpp"
 #include "mole/experts/shared_up_bank.hpp"
 #include "mole/routers/deepseek.hpp"
@@ -33,11 +35,13 @@
 #include "mole/routers/switch.hpp"
 #include "mole/routers/task.hpp"
 #include "mole/routers/threshold.hpp"
+#include "mole/routers/tie_top_k.hpp"
 #include "mole/routers/top_any.hpp"
 #include "mole/routers/top_k.hpp"
 #include "mole/routers/top_k_capacity.hpp"
 #include "mole/routers/top_p.hpp"
 #include "mole/routers/tsallis.hpp"
+#include "mole/routers/uncertainty.hpp"
 #include "mole/routers/unit.hpp"
 
 namespace mole::inline MOLE_ABI {
@@ -77,16 +81,20 @@ using RouterTypes = TypeList<
     SwitchRouter<T>,
     TaskRouter<T>,
     ThresholdRouter<T>,
+    TieTopKRouter<T>,
     TopAnyRouter<T>,
     TopKCapacityRouter<T>,
     TopKRouter<T>,
     TopPRouter<T>,
     TsallisRouter<T>,
+    UncertaintyRouter<T>,
     UnitRouter<T>>;
 
 template <class T>
 using BankTypes = TypeList<
+    FilmBank<T>,
     LoraBank<T>,
+    ModulatedBank<T>,
     SharedDownBank<T>,
     SharedUpBank<T>>;
 // clang-format on

@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "mole/layers/dmoerm.hpp"
+
+#include <vector>
+
+#include "layers/layer_trial.hpp"
+
+namespace {
+
+using mole::DmoermPhase;
+using mole::Index;
+
+constexpr Index kTokens = 23, kWidth = 5, kSequences = 6;
+
+/// Six sequences of three categories, some with padding.
+template <class T, DmoermPhase phase>
+struct Trial : test::LayerTrial<T> {
+  Trial()
+      : layer({.width = kWidth,
+               .categories = 4,
+               .adapters = 3,
+               .rank = 2,
+               .scale = T(1.5),
+               .phase = phase,
+               .adapter = 1}) {
+    params = layer.make_params(this->memory);
+    grad = layer.make_params(this->memory);
+    this->adopt(params, grad);
+    x = this->input("x", kTokens, kWidth);
+    this->y = this->zeros(kSequences, 1);
+    this->dy = this->normal(kSequences, 1);
+    tape = layer.make_tape(this->memory, kSequences + 1);
+    mask.assign(kTokens, 1);
+    mask[3] = mask[4] = mask[22] = 0;
+  }
+
+  mole::Tokens<T> tokens() const { return {.x = x.value, .sequence_begin = begin, .mask = mask}; }
+  std::size_t scratch_bytes(int) const { return layer.scratch_bytes(kSequences); }
+  void forward(const mole::Context& context) {
+    mole::Workspace packing = this->packing();
+    layer.forward(layer.prepare(params, packing), tokens(), category, this->y, tape, context);
+  }
+  void backward(const mole::Context& context) {
+    layer.backward(params, tape, tokens(), this->dy, x.gradient, grad, context);
+  }
+
+  mole::Dmoerm<T> layer;
+  mole::DmoermParams<T> params, grad;
+  typename mole::Dmoerm<T>::Tape tape;
+  typename test::LayerTrial<T>::Tensor x;
+  std::vector<std::int32_t> begin = {0, 5, 7, 8, 14, 20, 23}, category = {2, 0, 2, 3, 0, 2};
+  std::vector<std::uint8_t> mask;
+};
+template <class T>
+using BaseTrial = Trial<T, DmoermPhase::base>;
+template <class T>
+using AdapterTrial = Trial<T, DmoermPhase::adapter>;
+template <class T>
+using MixtureTrial = Trial<T, DmoermPhase::mixture>;
+
+}  // namespace
+
+TEST_CASE("DMoERM's base and adapter phases keep what every layer keeps", "[layers]") {
+  test::check_layer<BaseTrial>();
+  test::check_layer<AdapterTrial>();
+}
+
+TEST_CASE("DMoERM's mixture phase trains the mixture alone", "[layers]") {
+  test::check_workers<MixtureTrial<float>>();
+  test::check_allocations<MixtureTrial<float>>();
+  MixtureTrial<double> trial;
+  test::run(trial, true);
+  for (const auto& tensor : trial.tensors) {
+    INFO(tensor.name);
+    const bool trained = tensor.name.starts_with("inner") || tensor.name.starts_with("slope") ||
+                         tensor.name.starts_with("outer");
+    if (!trained) {
+      CHECK(test::weighted_sum(tensor.gradient, tensor.gradient) == 0);
+      continue;
+    }
+    const auto loss = [&] {
+      test::run(trial, false);
+      return test::weighted_sum(trial.dy, trial.y);
+    };
+    CHECK(test::gradient_error(tensor.value, tensor.gradient, loss) == "");
+    CHECK(test::weighted_sum(tensor.gradient, tensor.gradient) > 0);
+  }
+}
+
+TEST_CASE("DMoERM reads the last real token of a sequence", "[layers]") {
+  AdapterTrial<double> trial;
+  test::run(trial, false);
+  const double before = trial.y(0, 0);
+  trial.x.value(3, 0) += 1;  // padding
+  trial.x.value(1, 0) += 1;
+  test::run(trial, false);
+  CHECK(trial.y(0, 0) == before);
+  trial.x.value(2, 0) += 1;
+  test::run(trial, false);
+  CHECK(trial.y(0, 0) != before);
+}
+
+TEST_CASE("DMoERM refuses categories and shapes that do not fit", "[layers]") {
+  AdapterTrial<double> trial;
+  trial.category[1] = 4;
+  CHECK_THROWS_WITH(test::run(trial, false), "category 4 is not in 0 ... 3");
+  trial.category = {0, 0};
+  trial.y = trial.y.row_block(0, 2);
+  CHECK_THROWS_WITH(test::run(trial, false),
+                    "Dmoerm: categories of 2 sequences, of which 6 have tokens");
+  AdapterTrial<double> other;
+  other.params.up = {};
+  CHECK_THROWS_AS(test::run(other, false), mole::Error);
+  CHECK_THROWS_WITH(
+      mole::Dmoerm<double>({.width = 3, .categories = 2, .adapters = 2, .rank = 1, .adapter = 2}),
+      "Dmoerm: adapter: expected below adapters, got 2");
+}

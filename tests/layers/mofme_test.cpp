@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "mole/layers/mofme.hpp"
+
+#include <vector>
+
+#include "layers/layer_trial.hpp"
+#include "mole/routers/tie_top_k.hpp"
+
+namespace {
+
+using mole::Index;
+
+constexpr Index kTokens = 21, kWidth = 5, kExperts = 4;
+
+template <class T, bool shifted>
+struct Trial : test::LayerTrial<T> {
+  using Router = mole::TieTopKRouter<T>;
+  using Layer = mole::Mofme<Router>;
+
+  Trial()
+      : layer(Router({.width = kWidth, .experts = kExperts, .k = 2, .bias = true}),
+              {.hidden = 7, .norm_epsilon = T(0.125), .shifted = shifted}) {
+    params = layer.make_params(this->memory);
+    grad = layer.make_params(this->memory);
+    this->adopt(params, grad);
+    x = this->input("x", kTokens, kWidth);
+    this->y = this->zeros(kTokens, kWidth);
+    this->dy = this->normal(kTokens, kWidth);
+    tape = layer.make_tape(this->memory, kTokens + 2);
+    d_tape = layer.router().make_tape(this->memory, kTokens);
+  }
+
+  typename Layer::Weights weights() const {
+    return {params.norm,
+            params.shift,
+            params.gate,
+            params.value,
+            {params.mixture.router, params.mixture.experts},
+            params.inner,
+            params.outer};
+  }
+  std::size_t scratch_bytes(int workers) const { return layer.scratch_bytes(kTokens, workers); }
+  void forward(const mole::Context& context) {
+    mole::Workspace packing = this->packing();
+    layer.forward(layer.prepare(weights(), packing), {}, x.value, this->y, tape, context);
+  }
+  void backward(const mole::Context& context) {
+    mole::params::zero(d_tape);
+    layer.backward(weights(), {}, tape, x.value, this->dy, d_tape, x.gradient, grad, context);
+  }
+
+  Layer layer;
+  typename Layer::template Params<T> params, grad;
+  typename Layer::Tape tape;
+  typename Router::Tape d_tape;
+  typename test::LayerTrial<T>::Tensor x;
+};
+template <class T>
+using Intended = Trial<T, false>;
+template <class T>
+using Released = Trial<T, true>;
+
+}  // namespace
+
+TEST_CASE("MoFME's block keeps what every layer keeps", "[layers]") {
+  test::check_layer<Intended>();
+  test::check_layer<Released>();
+}
+
+TEST_CASE("in MoFME's released list the last modulation is never used", "[layers]") {
+  Released<double> trial;
+  test::run(trial, true);
+  const auto gamma = trial.grad.mixture.experts.gamma_weight;
+  const auto last = gamma.row_block((kExperts - 1) * kWidth, kWidth);
+  CHECK(test::weighted_sum(last, last) == 0);
+  CHECK(test::weighted_sum(gamma, gamma) > 0);
+}
+
+TEST_CASE("MoFME's block refuses shapes that do not fit", "[layers]") {
+  Intended<double> trial;
+  trial.y = trial.zeros(kTokens, kWidth + 1);
+  CHECK_THROWS_WITH(test::run(trial, false), "y: expected [21, 5], got [21, 6]");
+  Intended<double> other;
+  other.params.shift = {};
+  CHECK_THROWS_AS(test::run(other, false), mole::Error);
+  other.params.shift = other.params.norm;
+  other.tape = other.layer.make_tape(other.memory, kTokens - 1);
+  CHECK_THROWS_WITH(test::run(other, false), "Mofme: 21 tokens, the tape was made for 20");
+}
