@@ -42,6 +42,8 @@ set(MOLE_SOURCES
     src/kernels/gated_low_rank.cpp
     src/kernels/math.cpp
     src/kernels/norm.cpp
+    src/kernels/score_row.cpp
+    src/kernels/score_row_simd.cpp
     src/kernels/shared_low_rank.cpp
     src/layers/dmoerm.cpp
     src/layers/recurrent_stack.cpp
@@ -107,6 +109,7 @@ set(MOLE_SOURCES
     src/routing/select.cpp
     src/routing/top_k_rule.cpp
     src/routing/weight.cpp
+    src/stats/routing_report.cpp
     src/stats/routing_svg.cpp)
 
 # Public headers.
@@ -154,6 +157,8 @@ set(MOLE_HEADERS
     include/mole/kernels/math.hpp
     include/mole/kernels/norm.hpp
     include/mole/kernels/rows.hpp
+    include/mole/kernels/score_row.hpp
+    include/mole/kernels/score_row_portable.hpp
     include/mole/kernels/shared_low_rank.hpp
     include/mole/kernels/shared_low_rank_loops.hpp
     include/mole/layers/adapted_linear.hpp
@@ -245,6 +250,8 @@ set(MOLE_HEADERS
     include/mole/routing/tokens.hpp
     include/mole/routing/top_k_rule.hpp
     include/mole/routing/weight.hpp
+    include/mole/stats/routing_report.hpp
+    include/mole/stats/routing_stats.hpp
     include/mole/stats/routing_svg.hpp
     include/mole/version.hpp)
 

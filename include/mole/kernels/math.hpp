@@ -51,6 +51,10 @@ namespace single {
 
 inline constexpr float kLn2High = 0x1.62e430p-1f;
 inline constexpr float kLn2Low = -0x1.05c610p-29f;
+/// (e^r - 1 - r) / r^2 for |r| <= ln(2) / 2.
+inline constexpr float kExpTail[5] = {0x1.000000p-1f, 0x1.5554b0p-3f, 0x1.555486p-5f,
+                                      0x1.12280cp-7f, 0x1.6d9922p-10f};
+inline constexpr float kExpZeroBelow = -104;
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
 inline constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
@@ -84,8 +88,7 @@ Reduced<T> reduce(T x) noexcept {
   const int n = std::bit_cast<std::int32_t>(shifted) - std::bit_cast<std::int32_t>(kToInteger);
   const T count = static_cast<T>(n);
   const T r = std::fma(-count, kLn2Low, std::fma(-count, kLn2High, x));
-  const T tail = polynomial<T>(r, 0x1.000000p-1f, 0x1.5554b0p-3f, 0x1.555486p-5f, 0x1.12280cp-7f,
-                               0x1.6d9922p-10f);
+  const T tail = polynomial<T>(r, kExpTail[0], kExpTail[1], kExpTail[2], kExpTail[3], kExpTail[4]);
   return {n, r, tail};
 }
 
@@ -93,7 +96,7 @@ template <class T>
 T exp(T x) noexcept {
   if (x != x) return x;
   if (x > 89) return kInfinity;
-  if (x < -104) return 0;
+  if (x < kExpZeroBelow) return 0;
   const auto [n, r, tail] = reduce(x);
   const T value = std::fma(std::fma(tail, r, T(1)), r, T(1));
   const int half = n >> 1;  // two factors: 2^n alone may overflow or be subnormal

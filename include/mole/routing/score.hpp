@@ -15,6 +15,7 @@
 
 #include "mole/core/config.hpp"
 #include "mole/kernels/math.hpp"
+#include "mole/kernels/score_row.hpp"
 
 namespace mole::inline MOLE_ABI {
 
@@ -69,24 +70,8 @@ bool split_infinite(std::span<const T> u, std::span<T> share) noexcept {
 
 template <class T>
 void softmax(std::span<const T> u, std::span<T> p) noexcept {
-  constexpr T kInfinity = std::numeric_limits<T>::infinity();
-  T largest = -kInfinity;
-  for (const T value : u) largest = value > largest ? value : largest;
-  if (largest == kInfinity) {
-    split_infinite(u, p);
-    return;
-  }
-  if (largest == -kInfinity) {
-    for (T& value : p) value = T(0);
-    return;
-  }
-  T sum[8] = {};
-  for (std::size_t e = 0; e < u.size(); ++e) {
-    p[e] = math::exp<T>(u[e] - largest);
-    sum[e % 8] += p[e];
-  }
-  const T total = ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
-  for (T& value : p) value /= total;
+  if (softmax_row<T>(u, p, best_isa()) || split_infinite(u, p)) return;
+  for (T& value : p) value = T(0);
 }
 
 template <class T>

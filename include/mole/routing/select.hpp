@@ -8,6 +8,7 @@
 #include <span>
 
 #include "mole/core/config.hpp"
+#include "mole/kernels/score_row.hpp"
 
 namespace mole::inline MOLE_ABI::stages {
 
@@ -53,30 +54,12 @@ void selection_key(std::span<const T> u, std::span<const T> value, std::span<con
 
 template <class T>
 Index select_top_k(std::span<const T> key, std::span<std::int32_t> chosen) noexcept {
-  const auto k = static_cast<Index>(chosen.size());
-  Index count = 0;
-  if (k == 0) return 0;
-  for (std::size_t e = 0; e < key.size(); ++e) {
-    const T value = key[e];
-    if (!(value > -std::numeric_limits<T>::infinity())) continue;
-    if (count == k && !(value > key[chosen[k - 1]])) continue;
-    Index at = count < k ? count++ : k - 1;
-    for (; at > 0 && key[chosen[at - 1]] < value; --at) chosen[at] = chosen[at - 1];
-    chosen[at] = static_cast<std::int32_t>(e);
-  }
-  return count;
+  return top_row<T>(key, chosen, best_isa());
 }
 
 template <class T>
 Index sort_keys(std::span<const T> key, std::span<std::int32_t> order) noexcept {
-  Index count = 0;
-  for (std::size_t e = 0; e < key.size(); ++e) {
-    if (key[e] > -std::numeric_limits<T>::infinity()) order[count++] = static_cast<std::int32_t>(e);
-  }
-  std::sort(order.begin(), order.begin() + count, [key](std::int32_t a, std::int32_t b) {
-    return key[a] > key[b] || (key[a] == key[b] && a < b);
-  });
-  return count;
+  return sort_row<T>(key, order, best_isa());
 }
 
 template <class T>

@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: Apache-2.0
+// Rows with Google Highway, compiled once per instruction set. Levels without a fused multiply-add
+// are left out: they could not give the same bits.
+#include "kernels/score_row_simd.hpp"
+
+#include <limits>
+
+#include "mole/kernels/math.hpp"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/score_row_simd.cpp"
+#include <hwy/foreach_target.h>
+#include <hwy/highway.h>
+
+HWY_BEFORE_NAMESPACE();
+namespace mole::inline MOLE_ABI::simd::HWY_NAMESPACE {
+
+#if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_AVX3
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// f(first, vector) over the row; lanes beyond its end hold `padding`.
+template <class D, class F>
+HWY_INLINE void for_vectors(D d, std::span<const float> row, float padding, F f) {
+  const size_t lanes = hn::Lanes(d), size = row.size();
+  size_t e = 0;
+  for (; e + lanes <= size; e += lanes) f(e, hn::LoadU(d, row.data() + e));
+  if (e == size) return;
+  const auto tail = hn::FirstN(d, size - e);
+  f(e, hn::IfThenElse(tail, hn::MaskedLoad(tail, d, row.data() + e), hn::Set(d, padding)));
+}
+
+// math::single::exp for x <= 0, operation by operation.
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE V exp_of_negative(D d, V x) {
+  using namespace math::single;
+  const hn::RebindToSigned<D> di;
+  const auto to_integer = hn::Set(d, 0x1.8p23f);
+  const auto shifted = hn::MulAdd(x, hn::Set(d, 0x1.715476p0f), to_integer);
+  const auto n = hn::Sub(hn::BitCast(di, shifted), hn::BitCast(di, to_integer));
+  const auto count = hn::ConvertTo(d, n);
+  V r = hn::NegMulAdd(count, hn::Set(d, kLn2High), x);
+  r = hn::NegMulAdd(count, hn::Set(d, kLn2Low), r);
+  V tail = hn::Set(d, kExpTail[4]);
+  HWY_UNROLL(4)
+  for (int i = 3; i >= 0; --i) tail = hn::MulAdd(tail, r, hn::Set(d, kExpTail[i]));
+  const auto one = hn::Set(d, 1.0f);
+  const V value = hn::MulAdd(hn::MulAdd(tail, r, one), r, one);
+  const auto power_of_two = [&](auto m) {
+    return hn::BitCast(d, hn::ShiftLeft<23>(hn::Add(m, hn::Set(di, 127))));
+  };
+  const auto half = hn::ShiftRight<1>(n);
+  const V scaled = hn::Mul(hn::Mul(value, power_of_two(half)), power_of_two(hn::Sub(n, half)));
+  return hn::IfThenElse(hn::Lt(x, hn::Set(d, kExpZeroBelow)), hn::Zero(d),
+                        hn::IfThenElse(hn::Ne(x, x), x, scaled));
+}
+
+bool softmax_row(std::span<const float> u, std::span<float> p) {
+  const hn::CappedTag<float, 8> d;
+  using V = hn::Vec<decltype(d)>;
+  V most = hn::Set(d, -kInfinity);
+  for_vectors(d, u, -kInfinity,
+              [&](size_t, V v) { most = hn::IfThenElse(hn::Gt(v, most), v, most); });
+  const V largest = hn::MaxOfLanes(d, most);
+  if (hn::GetLane(largest) == kInfinity || hn::GetLane(largest) == -kInfinity) return false;
+  V sum = hn::Zero(d);
+  for_vectors(d, u, -kInfinity, [&](size_t e, V v) {
+    const V power = exp_of_negative(d, hn::Sub(v, largest));
+    sum = hn::Add(sum, power);
+    hn::BlendedStore(power, hn::FirstN(d, u.size() - e), d, p.data() + e);
+  });
+  HWY_ALIGN float s[8];
+  hn::Store(sum, d, s);
+  const V total = hn::Set(d, ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7])));
+  for_vectors(d, p, 0.0f, [&](size_t e, V v) {
+    hn::BlendedStore(hn::Div(v, total), hn::FirstN(d, p.size() - e), d, p.data() + e);
+  });
+  return true;
+}
+
+Index top_row(std::span<const float> key, std::span<std::int32_t> chosen) {
+  const hn::ScalableTag<float> d;
+  const hn::RebindToSigned<decltype(d)> di;
+  using V = hn::Vec<decltype(d)>;
+  const V none = hn::Set(d, -kInfinity);
+  V last = hn::Set(d, kInfinity);
+  auto last_index = hn::Set(di, -1);
+  for (size_t i = 0; i < chosen.size(); ++i) {
+    V best = none;
+    auto best_index = hn::Zero(di);
+    for_vectors(d, key, -kInfinity, [&](size_t e, V v) {
+      const auto index = hn::Iota(di, static_cast<std::int32_t>(e));
+      const auto later = hn::RebindMask(d, hn::Gt(index, last_index));
+      const auto left = hn::Or(hn::Lt(v, last), hn::And(hn::Eq(v, last), later));
+      const auto better = hn::And(left, hn::Gt(v, best));
+      best = hn::IfThenElse(better, v, best);
+      best_index = hn::IfThenElse(hn::RebindMask(di, better), index, best_index);
+    });
+    last = hn::MaxOfLanes(d, best);
+    if (hn::GetLane(last) == -kInfinity) return static_cast<Index>(i);
+    const auto beyond = hn::Set(di, std::numeric_limits<std::int32_t>::max());
+    const auto is_best = hn::RebindMask(di, hn::Eq(best, last));
+    last_index = hn::MinOfLanes(di, hn::IfThenElse(is_best, best_index, beyond));
+    chosen[i] = hn::GetLane(last_index);
+  }
+  return static_cast<Index>(chosen.size());
+}
+
+Index sort_row(std::span<const float> key, std::span<std::int32_t> order) {
+  const hn::ScalableTag<float> d;
+  const hn::RebindToSigned<decltype(d)> di;
+  const size_t size = key.size(), lanes = hn::Lanes(d);
+  HWY_ALIGN std::int32_t rank[kMostRanked];
+  for_vectors(d, key, -kInfinity, [&](size_t first, hn::Vec<decltype(d)> v) {
+    auto before = hn::Zero(di);
+    const auto count = [&](auto mask) {
+      before = hn::Sub(before, hn::BitCast(di, hn::VecFromMask(d, mask)));
+    };
+    const size_t end = HWY_MIN(first + lanes, size);
+    for (size_t j = 0; j < first; ++j) count(hn::Ge(hn::Set(d, key[j]), v));
+    for (size_t j = first; j < end; ++j) {
+      const auto other = hn::Set(d, key[j]);
+      const auto lower = hn::RebindMask(
+          d, hn::Gt(hn::Iota(di, 0), hn::Set(di, static_cast<std::int32_t>(j - first))));
+      count(hn::Or(hn::Gt(other, v), hn::And(hn::Eq(other, v), lower)));
+    }
+    for (size_t j = end; j < size; ++j) count(hn::Gt(hn::Set(d, key[j]), v));
+    hn::Store(before, di, rank + first);
+  });
+  Index found = 0;
+  for (size_t e = 0; e < size; ++e) {
+    if (!(key[e] > -kInfinity)) continue;
+    order[rank[e]] = static_cast<std::int32_t>(e);
+    ++found;
+  }
+  return found;
+}
+
+#endif
+
+}  // namespace mole::inline MOLE_ABI::simd::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+
+namespace mole::inline MOLE_ABI::simd {
+
+#if HWY_TARGETS & HWY_AVX2
+bool softmax_row_avx2(std::span<const float> u, std::span<float> p) noexcept {
+  return N_AVX2::softmax_row(u, p);
+}
+Index top_row_avx2(std::span<const float> key, std::span<std::int32_t> chosen) noexcept {
+  return N_AVX2::top_row(key, chosen);
+}
+Index sort_row_avx2(std::span<const float> key, std::span<std::int32_t> order) noexcept {
+  return N_AVX2::sort_row(key, order);
+}
+#else
+bool softmax_row_avx2(std::span<const float>, std::span<float>) noexcept {
+  return false;
+}
+Index top_row_avx2(std::span<const float>, std::span<std::int32_t>) noexcept {
+  return 0;
+}
+Index sort_row_avx2(std::span<const float>, std::span<std::int32_t>) noexcept {
+  return 0;
+}
+#endif
+
+#if HWY_TARGETS & HWY_AVX3
+bool softmax_row_avx512(std::span<const float> u, std::span<float> p) noexcept {
+  return N_AVX3::softmax_row(u, p);
+}
+Index top_row_avx512(std::span<const float> key, std::span<std::int32_t> chosen) noexcept {
+  return N_AVX3::top_row(key, chosen);
+}
+Index sort_row_avx512(std::span<const float> key, std::span<std::int32_t> order) noexcept {
+  return N_AVX3::sort_row(key, order);
+}
+#else
+bool softmax_row_avx512(std::span<const float>, std::span<float>) noexcept {
+  return false;
+}
+Index top_row_avx512(std::span<const float>, std::span<std::int32_t>) noexcept {
+  return 0;
+}
+Index sort_row_avx512(std::span<const float>, std::span<std::int32_t>) noexcept {
+  return 0;
+}
+#endif
+
+}  // namespace mole::inline MOLE_ABI::simd
+#endif
