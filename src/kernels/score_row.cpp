@@ -11,6 +11,8 @@ namespace {
 
 // From here on insertion beats one pass a choice.
 constexpr std::size_t kMostPasses = 8;
+// Up to here a vector would be mostly empty.
+constexpr std::size_t kFewScores = 4;
 
 // The best level that is allowed and there.
 Isa level(Isa isa) noexcept {
@@ -23,7 +25,7 @@ Isa level(Isa isa) noexcept {
 template <class T>
 bool softmax_row(std::span<const T> u, std::span<T> p, Isa isa) noexcept {
   if constexpr (std::is_same_v<T, float>) {
-    const Isa best = level(isa);
+    const Isa best = u.size() > kFewScores ? level(isa) : Isa::portable;
     if (best == Isa::avx512) return simd::softmax_row_avx512(u, p);
     if (best == Isa::avx2) return simd::softmax_row_avx2(u, p);
   }

@@ -57,27 +57,54 @@ HWY_INLINE V exp_of_negative(D d, V x) {
                         hn::IfThenElse(hn::Ne(x, x), x, scaled));
 }
 
+// sum + v, eight lanes after eight.
+template <class D, class V>
+HWY_INLINE auto add_by_eight(D eight, hn::Vec<D> sum, V v) {
+#if HWY_TARGET == HWY_AVX3
+  return hn::Add(hn::Add(sum, hn::LowerHalf(eight, v)), hn::UpperHalf(eight, v));
+#else
+  return hn::Add(sum, v);
+#endif
+}
+
 bool softmax_row(std::span<const float> u, std::span<float> p) {
-  const hn::CappedTag<float, 8> d;
+  const hn::ScalableTag<float> d;
+  const hn::CappedTag<float, 8> eight;
   using V = hn::Vec<decltype(d)>;
   V most = hn::Set(d, -kInfinity);
   for_vectors(d, u, -kInfinity,
               [&](size_t, V v) { most = hn::IfThenElse(hn::Gt(v, most), v, most); });
   const V largest = hn::MaxOfLanes(d, most);
   if (hn::GetLane(largest) == kInfinity || hn::GetLane(largest) == -kInfinity) return false;
-  V sum = hn::Zero(d);
+  const size_t lanes = hn::Lanes(d), full = u.size() / lanes * lanes;
+  auto sum = hn::Zero(eight);
+  V last = hn::Zero(d);  // the last vector, if part of it, never leaves its register
   for_vectors(d, u, -kInfinity, [&](size_t e, V v) {
-    const V power = exp_of_negative(d, hn::Sub(v, largest));
-    sum = hn::Add(sum, power);
-    hn::BlendedStore(power, hn::FirstN(d, u.size() - e), d, p.data() + e);
+    last = exp_of_negative(d, hn::Sub(v, largest));
+    sum = add_by_eight(eight, sum, last);
+    if (e < full) hn::StoreU(last, d, p.data() + e);
   });
   HWY_ALIGN float s[8];
-  hn::Store(sum, d, s);
+  hn::Store(sum, eight, s);
   const V total = hn::Set(d, ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7])));
-  for_vectors(d, p, 0.0f, [&](size_t e, V v) {
-    hn::BlendedStore(hn::Div(v, total), hn::FirstN(d, p.size() - e), d, p.data() + e);
-  });
+  for (size_t e = 0; e < full; e += lanes) {
+    hn::StoreU(hn::Div(hn::LoadU(d, p.data() + e), total), d, p.data() + e);
+  }
+  if (full == u.size()) return true;
+  hn::BlendedStore(hn::Div(last, total), hn::FirstN(d, u.size() - full), d, p.data() + full);
   return true;
+}
+
+// The first e >= first with key[e] == value; there is one.
+template <class D>
+HWY_INLINE std::int32_t find(D d, std::span<const float> key, float value, size_t first) {
+  const auto wanted = hn::Set(d, value);
+  for (const size_t lanes = hn::Lanes(d);; first += lanes) {
+    const auto tail = hn::FirstN(d, key.size() - first);
+    const auto equal = hn::Eq(hn::MaskedLoad(tail, d, key.data() + first), wanted);
+    const intptr_t lane = hn::FindFirstTrue(d, hn::And(tail, equal));
+    if (lane >= 0) return static_cast<std::int32_t>(first) + static_cast<std::int32_t>(lane);
+  }
 }
 
 Index top_row(std::span<const float> key, std::span<std::int32_t> chosen) {
@@ -85,25 +112,24 @@ Index top_row(std::span<const float> key, std::span<std::int32_t> chosen) {
   const hn::RebindToSigned<decltype(d)> di;
   using V = hn::Vec<decltype(d)>;
   const V none = hn::Set(d, -kInfinity);
-  V last = hn::Set(d, kInfinity);
-  auto last_index = hn::Set(di, -1);
+  const auto lane = hn::Iota(di, 0);
+  float last = kInfinity;
+  std::int32_t last_index = -1;
   for (size_t i = 0; i < chosen.size(); ++i) {
     V best = none;
-    auto best_index = hn::Zero(di);
+    const V previous = hn::Set(d, last);
+    const auto previous_index = hn::Set(di, last_index);
     for_vectors(d, key, -kInfinity, [&](size_t e, V v) {
-      const auto index = hn::Iota(di, static_cast<std::int32_t>(e));
-      const auto later = hn::RebindMask(d, hn::Gt(index, last_index));
-      const auto left = hn::Or(hn::Lt(v, last), hn::And(hn::Eq(v, last), later));
-      const auto better = hn::And(left, hn::Gt(v, best));
-      best = hn::IfThenElse(better, v, best);
-      best_index = hn::IfThenElse(hn::RebindMask(di, better), index, best_index);
+      const auto index = hn::Add(lane, hn::Set(di, static_cast<std::int32_t>(e)));
+      const auto later = hn::RebindMask(d, hn::Gt(index, previous_index));
+      const auto left = hn::Or(hn::Lt(v, previous), hn::And(hn::Eq(v, previous), later));
+      best = hn::Max(hn::IfThenElse(left, v, none), best);
     });
-    last = hn::MaxOfLanes(d, best);
-    if (hn::GetLane(last) == -kInfinity) return static_cast<Index>(i);
-    const auto beyond = hn::Set(di, std::numeric_limits<std::int32_t>::max());
-    const auto is_best = hn::RebindMask(di, hn::Eq(best, last));
-    last_index = hn::MinOfLanes(di, hn::IfThenElse(is_best, best_index, beyond));
-    chosen[i] = hn::GetLane(last_index);
+    const float value = hn::GetLane(hn::MaxOfLanes(d, best));
+    if (value == -kInfinity) return static_cast<Index>(i);
+    last_index = find(d, key, value, value == last ? static_cast<size_t>(last_index + 1) : 0);
+    last = value;
+    chosen[i] = last_index;
   }
   return static_cast<Index>(chosen.size());
 }
@@ -112,18 +138,24 @@ Index sort_row(std::span<const float> key, std::span<std::int32_t> order) {
   const hn::ScalableTag<float> d;
   const hn::RebindToSigned<decltype(d)> di;
   const size_t size = key.size(), lanes = hn::Lanes(d);
+  const auto lane = hn::Iota(di, 0);
   HWY_ALIGN std::int32_t rank[kMostRanked];
   for_vectors(d, key, -kInfinity, [&](size_t first, hn::Vec<decltype(d)> v) {
     auto before = hn::Zero(di);
     const auto count = [&](auto mask) {
+#if HWY_TARGET == HWY_AVX3
+      const auto one_more = hn::Add(before, hn::Set(di, 1));
+      before = hn::IfThenElse(hn::RebindMask(di, mask), one_more, before);
+#else
       before = hn::Sub(before, hn::BitCast(di, hn::VecFromMask(d, mask)));
+#endif
     };
     const size_t end = HWY_MIN(first + lanes, size);
     for (size_t j = 0; j < first; ++j) count(hn::Ge(hn::Set(d, key[j]), v));
     for (size_t j = first; j < end; ++j) {
       const auto other = hn::Set(d, key[j]);
-      const auto lower = hn::RebindMask(
-          d, hn::Gt(hn::Iota(di, 0), hn::Set(di, static_cast<std::int32_t>(j - first))));
+      const auto lower =
+          hn::RebindMask(d, hn::Gt(lane, hn::Set(di, static_cast<std::int32_t>(j - first))));
       count(hn::Or(hn::Gt(other, v), hn::And(hn::Eq(other, v), lower)));
     }
     for (size_t j = end; j < size; ++j) count(hn::Gt(hn::Set(d, key[j]), v));

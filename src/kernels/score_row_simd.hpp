@@ -8,8 +8,8 @@
 
 namespace mole::inline MOLE_ABI::simd {
 
-/// kernels/score_row.hpp for the two levels with vector FMA. Only on a machine for which isa_available()
-/// says so.
+/// kernels/score_row.hpp for the two levels with vector FMA. Only on a machine for which
+/// isa_available() says so.
 bool softmax_row_avx2(std::span<const float> u, std::span<float> p) noexcept;
 bool softmax_row_avx512(std::span<const float> u, std::span<float> p) noexcept;
 
@@ -18,7 +18,7 @@ Index top_row_avx2(std::span<const float> key, std::span<std::int32_t> chosen) n
 Index top_row_avx512(std::span<const float> key, std::span<std::int32_t> chosen) noexcept;
 
 /// Counts for every key those before it: for at most kMostRanked.
-inline constexpr std::size_t kMostRanked = 128;
+inline constexpr std::size_t kMostRanked = 256;
 Index sort_row_avx2(std::span<const float> key, std::span<std::int32_t> order) noexcept;
 Index sort_row_avx512(std::span<const float> key, std::span<std::int32_t> order) noexcept;
 

@@ -51,6 +51,7 @@ struct Row {
 
 std::vector<Row> container_rows();  // 1-56
 std::vector<Row> adapter_rows();    // 57-74, 78-82
+std::vector<Row> routing_rows();    // 75-77, 111, 112
 std::vector<Row> layer_rows();      // 96-110
 std::vector<Row> memory_rows();     // 113-124
 std::vector<Row> thread_rows();     // 125-128

@@ -64,7 +64,7 @@ bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
 
 template <class F>
 void for_rows(F f) {
-  for (std::size_t size = 0; size <= 140; size += size < 40 ? 1 : 9) {
+  for (std::size_t size = 0; size <= 280; size += size < 40 ? 1 : 11) {
     for (std::uint64_t seed = 0; seed < 4; ++seed) f(size, 4 * size + seed, seed >= 2);
   }
 }
