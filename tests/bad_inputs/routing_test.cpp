@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Rows 75-77, 111 and 112: a saved router that does not fit its experts, noise, capacity.
-#include <cmath>
+#include <algorithm>
 
 #include "bad_inputs/rows.hpp"
 #include "layers/layer_case.hpp"
@@ -18,8 +18,9 @@ using Words = std::vector<std::string>;
 
 constexpr Index kIn = 13, kOut = 11, kExperts = 4, kTokens = 6;
 
-/// A saved mixture, each of its tensors under the name, and in the shape, that `edit` leaves it; an
-/// empty name takes it away.
+using Tensors = std::vector<mole::StoredTensor>;
+
+/// A saved mixture with the tensors that `edit` makes of its own.
 template <class Edit>
 std::vector<std::byte> edited_file(Edit edit) {
   LayerCase<TopKMixture<float>> layer(
@@ -32,10 +33,9 @@ std::vector<std::byte> edited_file(Edit edit) {
   const auto file = mole::SafeTensors::parse(bytes, "saved");
   mole::SafeTensorsWriter changed;
   for (const auto& [key, value] : file.metadata()) changed.set_metadata(key, value);
-  for (mole::StoredTensor tensor : file.tensors()) {
-    edit(tensor);
-    if (!tensor.name.empty()) changed.add(tensor);
-  }
+  Tensors tensors(file.tensors().begin(), file.tensors().end());
+  edit(tensors);
+  for (const mole::StoredTensor& tensor : tensors) changed.add(tensor);
   return changed.bytes();
 }
 
@@ -52,39 +52,45 @@ Case bad_file(std::string name, mole::Errc code, Words words, Edit edit) {
   return {std::move(name), [refusal = std::move(refusal)] { check_refused(refusal); }};
 }
 
-void rename(mole::StoredTensor& tensor, const std::string& from, const std::string& to) {
-  if (tensor.name == from) tensor.name = to;
+mole::StoredTensor& at(Tensors& tensors, const std::string& name) {
+  return *std::ranges::find(tensors, name, &mole::StoredTensor::name);
+}
+
+void remove(Tensors& tensors, const std::string& name) {
+  std::erase_if(tensors, [&](const mole::StoredTensor& tensor) { return tensor.name == name; });
 }
 
 std::vector<Row> file_rows() {
   using mole::Errc;
-  using Tensor = mole::StoredTensor;
   return {
       {75,
        "experts with holes, or not counted from 0",
-       {works("", [] { load(edited_file([](Tensor&) {})); }),
+       {works("", [] { load(edited_file([](Tensors&) {})); }),
         bad_file("a hole", Errc::config_error, {"\"experts.2.down\"", "missing"},
-                 [](Tensor& t) {
-                   rename(t, "experts.2.down", "");
-                   rename(t, "experts.2.up", "");
+                 [](Tensors& tensors) {
+                   remove(tensors, "experts.2.down");
+                   remove(tensors, "experts.2.up");
                  }),
         bad_file("from 1 on", Errc::config_error, {"\"experts.0.down\"", "missing"},
-                 [](Tensor& t) {
-                   rename(t, "experts.0.down", "experts.4.down");
-                   rename(t, "experts.0.up", "experts.4.up");
+                 [](Tensors& tensors) {
+                   at(tensors, "experts.0.down").name = "experts.4.down";
+                   at(tensors, "experts.0.up").name = "experts.4.up";
                  })}},
       {76,
        "another number of experts than rows in the router",
        {bad_file("", Errc::shape_mismatch, {"\"router.weight\"", "expected [4, 13]", "[2, 26]"},
-                 [](Tensor& t) {
-                   if (t.name == "router.weight") t.shape = {2, 26};
+                 [](Tensors& tensors) {
+                   at(tensors, "router.weight").shape = {2, 26};
                  })}},
       {77,
        "no router, or two",
        {bad_file("none", Errc::config_error, {"\"router.weight\"", "missing"},
-                 [](Tensor& t) { rename(t, "router.weight", ""); }),
+                 [](Tensors& tensors) { remove(tensors, "router.weight"); }),
         bad_file("two", Errc::config_error, {"\"router.side.weight\"", "no part of this layer"},
-                 [](Tensor& t) { rename(t, "experts.1.down", "router.side.weight"); })}},
+                 [](Tensors& tensors) {
+                   tensors.push_back(at(tensors, "router.weight"));
+                   tensors.back().name = "router.side.weight";
+                 })}},
   };
 }
 
@@ -143,7 +149,8 @@ std::vector<Row> call_rows() {
                 CHECK(bit_difference(noisy_output(noise(kTokens, kExperts), 3), once) == "");
                 CHECK(bit_difference(noisy_output({}, 1), once) != "");
               }),
-        refused("of another shape", Errc::shape_mismatch, {"noise", "6 x 4", "6 x 3"},
+        refused("of another shape", Errc::shape_mismatch,
+                {"noise", "expected [6, 4]", "got [6, 3]"},
                 [=] { noisy_output(noise(kTokens, kExperts - 1), 1); })}},
       {112,
        "a capacity that is used up: dropped tokens have the base output and are counted",
