@@ -20,32 +20,33 @@ using R = DepthRecording;
 constexpr int kSteps = 60;
 constexpr AdamWOptions kAdamW = {.learning_rate = 3e-3, .weight_decay = 0.1};
 
-// Weights, gradient and moments, the weights drawn at random.
-template <class Params, class Make>
-std::array<Params, 4> training_set(Make make) {
-  std::array<Params, 4> set;
-  for (Params& params : set) params::zero(params = make());
-  std::uint64_t stream = 0;
-  Params::visit(
-      [&](const Leaf&, const MatView<float>& m) {
-        const Random random(2026, ++stream);
-        for (Index i = 0; i < m.size(); ++i) m.data[i] = 0.02f * random.normal(i);
-      },
-      set[0]);
-  return set;
-}
+// Weights drawn at random, their gradient and the two moments of AdamW.
+template <class Params>
+struct Training {
+  Params weights, grad, first, second;
+
+  template <class Make>
+  explicit Training(Make make) {
+    for (Params* params : {&weights, &grad, &first, &second}) params::zero(*params = make());
+    std::uint64_t stream = 0;
+    const auto draw = [&](const Leaf&, const MatView<float>& m) {
+      const Random random(2026, ++stream);
+      for (Index i = 0; i < m.size(); ++i) m.data[i] = 0.02f * random.normal(i);
+    };
+    Params::visit(draw, weights);
+  }
+  void step(int number) const { adamw_step(weights, grad, first, second, kAdamW, number); }
+};
 
 Choices recurrent(const R& recorded, const Context& context, Workspace& memory) {
   const RecurrentStack<float> stack(
       {.layers = R::kDepths, .width = R::kWidth, .experts = 4, .state = 32, .k = 1});
-  using Params = RecurrentStackParams<float>;
-  const auto [weights, grad, first, second] =
-      training_set<Params>([&] { return stack.make_params(memory); });
+  const Training<RecurrentStackParams<float>> own([&] { return stack.make_params(memory); });
   auto pass = stack.make_pass(memory, R::kTokens, true);
   auto d = stack.make_gradient(memory, R::kTokens);
   const auto forward = [&](Index tokens) {
     const Workspace::Frame frame(memory);
-    const auto prepared = stack.prepare(weights, memory);
+    const auto prepared = stack.prepare(own.weights, memory);
     stack.begin(pass, tokens);
     for (Index l = 0; l < R::kDepths; ++l) {
       stack.route(l, prepared, {.x = recorded.at(l, tokens)}, {}, pass, context);
@@ -54,15 +55,15 @@ Choices recurrent(const R& recorded, const Context& context, Workspace& memory) 
   for (int step = 1; step <= kSteps; ++step) {
     forward(R::kLearning);
     stack.begin_backward(pass, {}, d);
-    params::zero(grad);
+    params::zero(own.grad);
     for (Index l = R::kDepths; l-- > 0;) {
       domain_loss<float>(1.0f / R::kDepths, pass.tapes[l].logits.row_block(0, R::kLearning),
                          recorded.labels(R::kLearning),
                          d.tapes[l].logits.row_block(0, R::kLearning), context);
-      stack.route_backward(l, weights, pass, {.x = recorded.at(l, R::kLearning)}, {}, d, {}, grad,
-                           context);
+      stack.route_backward(l, own.weights, pass, {.x = recorded.at(l, R::kLearning)}, {}, d, {},
+                           own.grad, context);
     }
-    adamw_step(weights, grad, first, second, kAdamW, step);
+    own.step(step);
   }
   forward(R::kTokens);
   Choices choices{"recurrent"};
@@ -79,24 +80,23 @@ Choices independent(const R& recorded, const Context& context, Workspace& memory
   Choices choices{"independent"};
   for (Index l = 0; l < R::kDepths; ++l) {
     const Workspace::Frame frame(memory);
-    const auto [weights, grad, first, second] =
-        training_set<LinearParams<float>>([&] { return router.make_params(memory); });
+    const Training<LinearParams<float>> own([&] { return router.make_params(memory); });
     const auto forward = [&](Index tokens) {
       const Workspace::Frame packed(memory);
       auto copy = tape;
-      router.forward(router.prepare(weights, memory), {}, {.x = recorded.at(l, tokens)}, {}, {},
+      router.forward(router.prepare(own.weights, memory), {}, {.x = recorded.at(l, tokens)}, {}, {},
                      table, {}, &copy, context);
     };
     for (int step = 1; step <= kSteps; ++step) {
       forward(R::kLearning);
       params::zero(d);
-      params::zero(grad);
+      params::zero(own.grad);
       domain_loss<float>(1.0f, tape.logits.row_block(0, R::kLearning),
                          recorded.labels(R::kLearning), d.logits.row_block(0, R::kLearning),
                          context);
-      router.backward(weights, {}, tape, {.x = recorded.at(l, R::kLearning)}, {}, {}, table.view(),
-                      d, {}, {}, grad, {}, context);
-      adamw_step(weights, grad, first, second, kAdamW, step);
+      router.backward(own.weights, {}, tape, {.x = recorded.at(l, R::kLearning)}, {}, {},
+                      table.view(), d, {}, {}, own.grad, {}, context);
+      own.step(step);
     }
     forward(R::kTokens);
     std::ranges::copy(table.view().expert, &choices.at(l, 0));

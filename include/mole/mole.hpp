@@ -26,6 +26,7 @@
 #include "mole/kernels/math.hpp"
 #include "mole/kernels/norm.hpp"
 #include "mole/kernels/rows.hpp"
+#include "mole/kernels/score_row.hpp"
 #include "mole/kernels/shared_low_rank.hpp"
 
 #include "mole/routing/balance_bias.hpp"
@@ -122,3 +123,5 @@
 #include "mole/algebra/soft_merge.hpp"
 
 #include "mole/optim/adamw.hpp"
+
+#include "mole/stats/routing_stats.hpp"
