@@ -46,6 +46,7 @@ set(MOLE_SOURCES
     src/kernels/score_row_simd.cpp
     src/kernels/shared_low_rank.cpp
     src/layers/dmoerm.cpp
+    src/layers/home.cpp
     src/layers/recurrent_stack.cpp
     src/losses/balance.cpp
     src/losses/choice_balance.cpp
@@ -165,6 +166,7 @@ set(MOLE_HEADERS
     include/mole/layers/any_layer.hpp
     include/mole/layers/description.hpp
     include/mole/layers/dmoerm.hpp
+    include/mole/layers/home.hpp
     include/mole/layers/kinds.hpp
     include/mole/layers/layer_input.hpp
     include/mole/layers/lora.hpp

@@ -107,6 +107,7 @@
 #include "mole/layers/any_layer.hpp"
 #include "mole/layers/description.hpp"
 #include "mole/layers/dmoerm.hpp"
+#include "mole/layers/home.hpp"
 #include "mole/layers/kinds.hpp"
 #include "mole/layers/layer_input.hpp"
 #include "mole/layers/lora.hpp"
