@@ -12,6 +12,7 @@ set(MOLE_SOURCES
     src/experts/shared_down_bank.cpp
     src/experts/shared_up_bank.cpp
     src/io/description_json.cpp
+    src/io/directory.cpp
     src/io/file.cpp
     src/io/json.cpp
     src/io/mixture_check.cpp

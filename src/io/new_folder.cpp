@@ -8,11 +8,11 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstdio>
-#include <exception>
-#include <filesystem>
+#include <cstdlib>
+#include <memory>
 #include <system_error>
+#include <utility>
 
-#include "io/file.hpp"
 #include "io/text.hpp"
 #include "mole/core/error.hpp"
 
@@ -20,36 +20,61 @@ namespace mole::inline MOLE_ABI {
 namespace io {
 namespace {
 
-namespace fs = std::filesystem;
-
 [[noreturn]] void refuse(const std::string& path, const char* operation, int error) {
-  fail(Errc::io_error, shown_path(path), ": ", operation,
+  fail(error == ENOMEM ? Errc::out_of_memory : Errc::io_error, shown_path(path), ": ", operation,
        " failed: ", std::generic_category().message(error));
 }
 
-// What f does with files. The overloads that report by error code end the process when memory is
-// short, so the throwing ones are called.
-template <class F>
-auto tried(const std::string& path, const char* operation, F f) {
-  try {
-    return f();
-  } catch (const fs::filesystem_error& error) {
-    refuse(path, operation, error.code().value());
+struct Split {
+  std::string parent, name;
+};
+
+// Of a path without a slash at its end.
+Split split(const std::string& path) {
+  const std::size_t slash = path.rfind('/');
+  if (slash == std::string::npos) return {".", path};
+  std::size_t end = slash;
+  while (end > 1 && path[end - 1] == '/') --end;
+  return {path.substr(0, std::max<std::size_t>(end, 1)), path.substr(slash + 1)};
+}
+
+std::string joined(const std::string& parent, const std::string& name) {
+  return parent + (parent == "/" ? "" : "/") + name;
+}
+
+// Absolute, with the links resolved of the part that exists and without "." and "..".
+std::string resolved(std::string path) {
+  while (path.size() > 1 && path.back() == '/') path.pop_back();
+  const std::unique_ptr<char, decltype(&std::free)> whole(::realpath(path.c_str(), nullptr),
+                                                          &std::free);
+  if (whole != nullptr) return whole.get();
+  if (errno != ENOENT || path.empty()) refuse(path, "resolving the path", errno);
+  const Split part = split(path);
+  const std::string parent = resolved(part.parent);
+  if (part.name == ".") return parent;
+  if (part.name == "..") return split(parent).parent;
+  return joined(parent, part.name);
+}
+
+// And the folders above it, where they do not exist.
+void make_folders(const std::string& path) {
+  struct stat status {};
+  if (::stat(path.c_str(), &status) == 0) return;
+  if (errno != ENOENT) refuse(path, "making the folder", errno);
+  make_folders(split(path).parent);
+  if (::mkdir(path.c_str(), 0777) != 0 && errno != EEXIST) {
+    refuse(path, "making the folder", errno);
   }
 }
 
-// The target itself: links resolved, no slash at the end.
-fs::path resolved(const std::string& target) {
-  require(target.find('\0') == std::string::npos, Errc::invalid_argument, shown_path(target),
-          ": a path cannot hold a NUL byte");
-  fs::path path = tried(target, "resolving the path",
-                        [&] { return fs::weakly_canonical(fs::absolute(target)); });
-  if (!path.has_filename()) path = path.parent_path();
-  return path;
+Directory opened(const std::string& path) {
+  Directory folder(path);
+  if (!folder) refuse(path, "reading the folder", errno);
+  return folder;
 }
 
-// The folder's own entry is on the disk.
-void flush(const std::string& folder) {
+// The folder's own entries are on the disk.
+void flush(const std::string& folder) noexcept {
   const int descriptor = ::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   if (descriptor < 0) return;
   ::fsync(descriptor);
@@ -68,46 +93,49 @@ bool exchanged(const std::string& a, const std::string& b) {
 }  // namespace
 
 NewFolder::NewFolder(const std::string& target, bool overwrite) {
-  const fs::path path = resolved(target);
-  target_ = path.string();
+  require(target.find('\0') == std::string::npos, Errc::invalid_argument, shown_path(target),
+          ": a path cannot hold a NUL byte");
+  target_ = resolved(target);
   struct stat status {};
   if (::lstat(target_.c_str(), &status) == 0) {
     require(S_ISDIR(status.st_mode), Errc::io_error, shown_path(target_),
             ": is no folder, so none can be written there");
-    replaces_ = !tried(target_, "reading the folder",
-                       [&] { return fs::directory_iterator(path) == fs::directory_iterator(); });
+    old_ = opened(target_);
+    replaces_ = old_.next() != nullptr;
+    if (!replaces_ && errno != 0) refuse(target_, "reading the folder", errno);
     require(!replaces_ || overwrite, Errc::state_error, shown_path(target_),
             ": the folder is not empty (ok with the option overwrite)");
   }
-  tried(path.parent_path().string(), "making the folder",
-        [&] { return fs::create_directories(path.parent_path()); });
+  parent_ = split(target_).parent;
+  make_folders(parent_);
   make();
   // A replaced folder keeps its permissions.
   if (replaces_) ::chmod(temporary_.c_str(), status.st_mode & 07777u);
 }
 
 void NewFolder::make() {
-  const fs::path path(target_);
-  const std::string start = (path.parent_path() / ("." + path.filename().string())).string();
+  const std::string start = joined(parent_, "." + split(target_).name + ".new-");
   constexpr int kAttempts = 1000;
   for (int attempt = 0; attempt < kAttempts; ++attempt) {
-    temporary_ = start + ".new-" + std::to_string(::getpid()) + "-" + std::to_string(attempt);
-    if (::mkdir(temporary_.c_str(), 0777) == 0) return;
-    if (errno != EEXIST) break;
+    std::string path = start + std::to_string(::getpid()) + "-" + std::to_string(attempt);
+    aside_ = path + "-old";
+    if (::mkdir(path.c_str(), 0777) == 0) {
+      temporary_ = std::move(path);
+      new_ = Directory(temporary_);
+      if (new_) return;
+      const int error = errno;
+      ::rmdir(temporary_.c_str());
+      refuse(temporary_, "reading the folder", error);
+    }
+    if (errno != EEXIST || attempt + 1 == kAttempts) refuse(path, "making the folder", errno);
   }
-  const int error = errno;
-  const std::string wanted = std::move(temporary_);
-  temporary_.clear();
-  refuse(wanted, "making the folder", error);
 }
 
 NewFolder::~NewFolder() {
-  if (committed_ || temporary_.empty()) return;
-  try {
-    fs::remove_all(temporary_);
-  } catch (const std::exception&) {
-    return;  // it stays, under a name that nobody reads
-  }
+  if (committed_) return;
+  new_.rewind();
+  while (const char* name = new_.next()) ::unlinkat(new_.descriptor(), name, 0);
+  ::rmdir(temporary_.c_str());  // what cannot go stays, under a name that nobody reads
 }
 
 void NewFolder::commit(const std::vector<std::string>& replaced) {
@@ -121,36 +149,39 @@ void NewFolder::commit(const std::vector<std::string>& replaced) {
     if (::rename(temporary_.c_str(), target_.c_str()) != 0) refuse(target_, "renaming", errno);
     committed_ = true;
   }
-  flush(fs::path(target_).parent_path().string());
+  flush(parent_);
 }
 
 // Afterwards the new folder has the target's name and the old one the temporary name.
 void NewFolder::exchange() {
-  const std::string aside = temporary_ + "-old";
   if (exchanged(temporary_, target_)) return;
-  if (::rename(target_.c_str(), aside.c_str()) != 0) refuse(target_, "renaming", errno);
+  if (::rename(target_.c_str(), aside_.c_str()) != 0) refuse(target_, "renaming", errno);
   if (::rename(temporary_.c_str(), target_.c_str()) != 0) {
     const int error = errno;
-    ::rename(aside.c_str(), target_.c_str());
+    ::rename(aside_.c_str(), target_.c_str());
     refuse(target_, "renaming", error);
   }
-  if (::rename(aside.c_str(), temporary_.c_str()) != 0) refuse(aside, "renaming", errno);
+  if (::rename(aside_.c_str(), temporary_.c_str()) != 0) refuse(aside_, "renaming", errno);
 }
 
-void NewFolder::move_along(const std::vector<std::string>& replaced) const {
-  try {
-    std::vector<fs::path> entries;
-    for (const auto& entry : fs::directory_iterator(temporary_)) entries.push_back(entry.path());
-    for (const fs::path& entry : entries) {
-      const std::string name = entry.filename().string();
+void NewFolder::move_along(const std::vector<std::string>& replaced) {
+  int error = 0;
+  for (bool again = true; again && error == 0;) {  // entries that go may hide others
+    again = false;
+    old_.rewind();
+    while (const char* name = old_.next()) {
+      again = true;
       const bool goes = std::find(replaced.begin(), replaced.end(), name) != replaced.end();
-      if (!goes) fs::rename(entry, fs::path(target_) / name);
+      const int done = goes ? ::unlinkat(old_.descriptor(), name, 0)
+                            : ::renameat(old_.descriptor(), name, new_.descriptor(), name);
+      if (done != 0 && error == 0) error = errno;
     }
-    fs::remove_all(temporary_);
-  } catch (const fs::filesystem_error& error) {
-    fail(Errc::io_error, shown_path(target_), ": is written, but what the old folder held is in ",
-         shown_path(temporary_), ": ", error.code().message());
+    if (error == 0) error = errno;
   }
+  if (error == 0 && ::rmdir(temporary_.c_str()) != 0) error = errno;
+  require(error == 0, Errc::io_error, shown_path(target_),
+          ": is written, but what the old folder held is in ", shown_path(temporary_), ": ",
+          std::generic_category().message(error));
 }
 
 }  // namespace io

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "io/directory.hpp"
 #include "mole/core/config.hpp"
 
 namespace mole::inline MOLE_ABI {
@@ -30,9 +31,10 @@ class NewFolder {
  private:
   void make();
   void exchange();
-  void move_along(const std::vector<std::string>& replaced) const;
+  void move_along(const std::vector<std::string>& replaced);
 
-  std::string target_, temporary_;
+  std::string parent_, target_, temporary_, aside_;
+  Directory old_, new_;  // open all the time: to tidy up, nothing has to be allocated
   bool replaces_ = false;
   bool committed_ = false;
 };

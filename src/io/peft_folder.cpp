@@ -2,10 +2,10 @@
 #include "io/peft_folder.hpp"
 
 #include <algorithm>
-#include <filesystem>
 #include <string_view>
 #include <vector>
 
+#include "io/directory.hpp"
 #include "io/file.hpp"
 #include "io/text.hpp"
 #include "mole/core/error.hpp"
@@ -18,14 +18,10 @@ namespace {
 std::string named_adapters(const std::string& folder) {
   constexpr std::size_t kMostNamed = 5;
   std::vector<std::string> names;
-  try {
-    for (const auto& entry : std::filesystem::directory_iterator(folder)) {
-      const std::string name = entry.path().filename().string();
-      if (exists(folder + "/" + name + "/" + kConfigFile)) names.push_back(name);
-      if (names.size() == kMostNamed) break;
-    }
-  } catch (const std::filesystem::filesystem_error&) {
-    return {};  // only advice: what is wrong is said elsewhere
+  Directory entries(folder);
+  while (const char* name = entries ? entries.next() : nullptr) {
+    if (exists(folder + "/" + name + "/" + kConfigFile)) names.emplace_back(name);
+    if (names.size() == kMostNamed) break;
   }
   std::sort(names.begin(), names.end());
   std::string text;

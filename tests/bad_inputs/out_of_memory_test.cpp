@@ -9,6 +9,7 @@
 #include "bad_inputs/adapter_case.hpp"
 #include "layers/layer_case.hpp"
 #include "mole/io/peft_bank.hpp"
+#include "mole/io/peft_writer.hpp"
 #include "mole/io/safetensors_writer.hpp"
 #include "mole/layers/any_layer.hpp"
 #include "mole/layers/session.hpp"
@@ -119,6 +120,23 @@ TEST_CASE("out of memory: reading and writing a file", "[bad_inputs][io]") {
   CHECK(mole::SafeTensors::open(copy).tensors().size() == file.tensors().size());
   namespace fs = std::filesystem;
   CHECK(std::distance(fs::directory_iterator(folder.path()), fs::directory_iterator()) == 2);
+}
+
+TEST_CASE("out of memory: writing an adapter's folder", "[bad_inputs][io]") {
+  namespace fs = std::filesystem;
+  const AdapterCase adapter;
+  const TemporaryFolder folder, saved;
+  adapter.write(folder);
+  const mole::PeftAdapter loaded = adapter.load(folder);
+  const std::string target = saved.path() + "/adapter";
+  mole::PeftSaveOptions options;
+  options.overwrite = true;
+  CHECK(fail_every_allocation([&] { mole::save_peft(target, loaded, options); }) > 50);
+  saved.write("adapter/README.md", "a card");
+  CHECK(fail_every_allocation([&] { mole::save_peft(target, loaded, options); }) > 50);
+  CHECK(mole::load_peft(target).modules().size() == 2);
+  CHECK(fs::exists(target + "/README.md"));
+  CHECK(std::distance(fs::directory_iterator(saved.path()), fs::directory_iterator()) == 1);
 }
 
 TEST_CASE("out of memory: a bank of adapters", "[bad_inputs][io]") {
