@@ -77,13 +77,13 @@ class FailingAllocations {
   bool came() const { return until_failure <= 0; }
 };
 
-/// True if the allocation that is asked for now must fail.
+/// True, as malloc with errno, if the allocation that is asked for now must fail.
 inline bool must_fail() {
   allocation_count.fetch_add(1);
-  if (until_failure == 0 && !fails_for_ever) return false;
-  if (until_failure <= 0) return fails_for_ever;
-  if (until_failure.fetch_sub(1) != 1) return false;
+  if (until_failure <= 0 && !fails_for_ever) return false;
+  if (until_failure > 0 && until_failure.fetch_sub(1) != 1) return false;
   if (!fails_for_ever) until_failure = -1;
+  errno = ENOMEM;
   return true;
 }
 
