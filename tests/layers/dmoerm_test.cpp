@@ -23,13 +23,13 @@ struct Trial : test::LayerTrial<T> {
                .scale = T(1.5),
                .phase = phase,
                .adapter = 1}) {
-    params = layer.make_params(this->memory);
-    grad = layer.make_params(this->memory);
+    params = layer.make_params(this->exact(layer.params_bytes()));
+    grad = layer.make_params(this->exact(layer.params_bytes()));
     this->adopt(params, grad);
     x = this->input("x", kTokens, kWidth);
     this->y = this->zeros(kSequences, 1);
     this->dy = this->normal(kSequences, 1);
-    tape = layer.make_tape(this->memory, kSequences + 1);
+    tape = layer.make_tape(this->exact(layer.tape_bytes(kSequences + 1)), kSequences + 1);
     mask.assign(kTokens, 1);
     mask[3] = mask[4] = mask[22] = 0;
   }
@@ -37,7 +37,7 @@ struct Trial : test::LayerTrial<T> {
   mole::Tokens<T> tokens() const { return {.x = x.value, .sequence_begin = begin, .mask = mask}; }
   std::size_t scratch_bytes(int) const { return layer.scratch_bytes(kSequences); }
   void forward(const mole::Context& context) {
-    mole::Workspace packing = this->packing();
+    mole::Workspace packing = this->packing(layer.prepared_bytes());
     layer.forward(layer.prepare(params, packing), tokens(), category, this->y, tape, context);
   }
   void backward(const mole::Context& context) {

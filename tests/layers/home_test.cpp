@@ -37,8 +37,8 @@ typename mole::Home<T>::Config config(HomeNorm norm, bool low, bool training = t
 template <class T, HomeNorm norm, bool low, bool training = true>
 struct Trial : test::LayerTrial<T> {
   Trial() : layer(config<T>(norm, low, training)) {
-    params = layer.make_params(this->memory);
-    grad = layer.make_params(this->memory);
+    params = layer.make_params(this->exact(layer.params_bytes()));
+    grad = layer.make_params(this->exact(layer.params_bytes()));
     this->adopt(params, grad);
     x = this->input("x", kTokens, kWidth);
     mean = this->normal(kExperts, kOut);
@@ -47,11 +47,11 @@ struct Trial : test::LayerTrial<T> {
     buffers = {mean, variance};
     this->y = this->zeros(kTasks * kTokens, kOut);
     this->dy = this->normal(kTasks * kTokens, kOut);
-    tape = layer.make_tape(this->memory, kTokens + 2);
+    tape = layer.make_tape(this->exact(layer.tape_bytes(kTokens + 2)), kTokens + 2);
   }
   std::size_t scratch_bytes(int workers) const { return layer.scratch_bytes(kTokens, workers); }
   void forward(const mole::Context& context) {
-    mole::Workspace packing = this->packing();
+    mole::Workspace packing = this->packing(layer.prepared_bytes());
     layer.forward(layer.prepare(params, packing), buffers, x.value, this->y, tape, context);
   }
   void backward(const mole::Context& context) {

@@ -11,6 +11,8 @@
 //   check_layer<MyTrial>();
 #pragma once
 
+#include <algorithm>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -71,8 +73,16 @@ struct LayerTrial {
         },
         params, grad);
   }
-  /// Packed parameters lie here, from its start.
-  mole::Workspace packing() { return mole::Workspace(packing_.span()); }
+  /// Memory of exactly the size that the layer says it needs, filled with NaN.
+  mole::Workspace& exact(std::size_t bytes) {
+    blocks_.push_back(std::make_unique<Exact>(bytes));
+    return blocks_.back()->memory;
+  }
+  /// The same for packed parameters, from its start.
+  mole::Workspace packing(std::size_t bytes) {
+    if (packing_.size() != bytes) packing_ = mole::Buffer(bytes);
+    return mole::Workspace(packing_.span());
+  }
 
   std::vector<T> results() const {
     std::vector<T> all;
@@ -87,7 +97,15 @@ struct LayerTrial {
   }
 
  private:
-  mole::Buffer block_{std::size_t{1} << 22}, packing_{std::size_t{1} << 20};
+  struct Exact {
+    explicit Exact(std::size_t bytes) : block(bytes), memory(block.span()) {
+      std::ranges::fill(block.span(), std::byte{0xff});
+    }
+    mole::Buffer block;
+    mole::Workspace memory;
+  };
+  std::vector<std::unique_ptr<Exact>> blocks_;
+  mole::Buffer block_{std::size_t{1} << 22}, packing_;
   std::uint64_t next_ = 0;
 
  public:
@@ -100,6 +118,7 @@ struct LayerTrial {
 template <class Trial>
 void run(Trial& trial, bool backward, int workers = 1, ThreadPool* pool = nullptr) {
   mole::Buffer block(trial.scratch_bytes(workers));
+  std::ranges::fill(block.span(), std::byte{0xff});
   mole::Workspace scratch(block.span());
   mole::Context context{.scratch = scratch, .workers = workers};
   if (pool != nullptr) context.hook = &ThreadPool::run, context.pool = pool;

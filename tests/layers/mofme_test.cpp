@@ -20,13 +20,13 @@ struct Trial : test::LayerTrial<T> {
   Trial()
       : layer(Router({.width = kWidth, .experts = kExperts, .k = 2, .bias = true}),
               {.hidden = 7, .norm_epsilon = T(0.125), .shifted = shifted}) {
-    params = layer.make_params(this->memory);
-    grad = layer.make_params(this->memory);
+    params = layer.make_params(this->exact(layer.params_bytes()));
+    grad = layer.make_params(this->exact(layer.params_bytes()));
     this->adopt(params, grad);
     x = this->input("x", kTokens, kWidth);
     this->y = this->zeros(kTokens, kWidth);
     this->dy = this->normal(kTokens, kWidth);
-    tape = layer.make_tape(this->memory, kTokens + 2);
+    tape = layer.make_tape(this->exact(layer.tape_bytes(kTokens + 2)), kTokens + 2);
     d_tape = layer.router().make_tape(this->memory, kTokens);
   }
 
@@ -41,7 +41,7 @@ struct Trial : test::LayerTrial<T> {
   }
   std::size_t scratch_bytes(int workers) const { return layer.scratch_bytes(kTokens, workers); }
   void forward(const mole::Context& context) {
-    mole::Workspace packing = this->packing();
+    mole::Workspace packing = this->packing(layer.prepared_bytes());
     layer.forward(layer.prepare(weights(), packing), {}, x.value, this->y, tape, context);
   }
   void backward(const mole::Context& context) {

@@ -44,15 +44,15 @@ struct Trial : test::LayerTrial<T> {
   using Tensor = typename test::LayerTrial<T>::Tensor;
 
   explicit Trial(typename Layer::Config config = everything<T>()) : layer(bank<T>(), config) {
-    params = layer.make_params(this->memory);
-    grad = layer.make_params(this->memory);
+    params = layer.make_params(this->exact(layer.params_bytes()));
+    grad = layer.make_params(this->exact(layer.params_bytes()));
     this->adopt(params, grad);
     x = this->input("x", kTokens, kWidth);
     start = this->input("start", kTokens, kState);
     this->y = this->zeros(kTokens, kWidth + kState);
     this->dy = this->normal(kTokens, kWidth + kState);
-    tape = layer.make_tape(this->memory, kTokens + 2);
-    d = layer.make_gradient(this->memory, kTokens + 2);
+    tape = layer.make_tape(this->exact(layer.tape_bytes(kTokens + 2)), kTokens + 2);
+    d = layer.make_gradient(this->exact(layer.routers().gradient_bytes(kTokens + 2)), kTokens + 2);
     for (const auto& experts : params.experts) of_layers.push_back(experts);
     weights.router = params.router;
     weights.experts = of_layers;
@@ -66,7 +66,7 @@ struct Trial : test::LayerTrial<T> {
 
   std::size_t scratch_bytes(int workers) const { return layer.scratch_bytes(kTokens, workers); }
   void forward(const mole::Context& context) {
-    mole::Workspace packing = this->packing();
+    mole::Workspace packing = this->packing(layer.prepared_bytes());
     layer.forward(layer.prepare(weights, packing), x.value, start.value,
                   this->y.col_block(0, kWidth), tape, context);
     mole::rows::copy<T>(layer.routers().state(tape.routers), this->y.col_block(kWidth, kState));
@@ -96,7 +96,8 @@ TEST_CASE("a stack in inference gives the bits of training", "[layers]") {
   Trial<float> trial;
   test::run(trial, false);
   const std::vector<float> expected = trial.results();
-  trial.tape = trial.layer.make_tape(trial.memory, kTokens, false);
+  trial.tape =
+      trial.layer.make_tape(trial.exact(trial.layer.tape_bytes(kTokens, false)), kTokens, false);
   test::run(trial, false);
   CHECK(test::bit_difference(trial.results(), expected) == "");
 }
@@ -142,7 +143,7 @@ TEST_CASE("a stack refuses layers out of order and wrong shapes", "[layers]") {
   Trial<double> trial;
   const auto& routers = trial.layer.routers();
   mole::Buffer block(trial.scratch_bytes(1));
-  mole::Workspace scratch(block.span()), packing = trial.packing();
+  mole::Workspace scratch(block.span()), packing = trial.packing(trial.layer.prepared_bytes());
   const mole::Context context{.scratch = scratch};
   const auto prepared = trial.layer.prepare(trial.weights, packing);
   routers.begin(trial.tape.routers, kTokens);
@@ -156,7 +157,7 @@ TEST_CASE("a stack refuses layers out of order and wrong shapes", "[layers]") {
   CHECK_THROWS_AS(trial.layer.forward(prepared, trial.x.value, {}, y, trial.tape, context), Error);
   auto weights = trial.weights;
   weights.base = {};
-  mole::Workspace again = trial.packing();
+  mole::Workspace again = trial.packing(trial.layer.prepared_bytes());
   CHECK_THROWS_AS(trial.layer.prepare(weights, again), Error);
   auto config = everything<double>();
   config.base = false;

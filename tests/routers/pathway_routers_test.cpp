@@ -87,8 +87,8 @@ struct CarryTrial : test::LayerTrial<typename Router::Scalar> {
     x = this->input("x", kTokens, kWidth);
     this->y = this->zeros(kTokens, kOut);
     this->dy = this->normal(kTokens, kOut);
-    tape = layer.make_tape(this->memory, kTokens);
-    d_tape = router.make_tape(this->memory, kTokens);
+    tape = layer.make_tape(this->exact(layer.tape_bytes(kTokens)), kTokens);
+    d_tape = router.make_tape(this->exact(router.tape_bytes(kTokens)), kTokens);
   }
 
   mole::LayerInput<T> layer_input() const {
@@ -99,7 +99,7 @@ struct CarryTrial : test::LayerTrial<typename Router::Scalar> {
   }
   std::size_t scratch_bytes(int workers) const { return layer.scratch_bytes(kTokens, workers); }
   void forward(const mole::Context& context) {
-    mole::Workspace packing = this->packing();
+    mole::Workspace packing = this->packing(layer.prepared_bytes());
     mole::rows::fill(this->y, 0);
     const typename Mixture::Weights weights{params.router, params.experts};
     layer.forward(layer.prepare(weights, packing), buffers, layer_input(), carry, this->y, {},

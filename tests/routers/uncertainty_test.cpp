@@ -36,8 +36,8 @@ struct Trial : test::LayerTrial<T> {
                 .gates = gates,
                 .epsilon = T(0.125),
                 .ridge = T(0.125)}) {
-    params = router.make_params(this->memory);
-    grad = router.make_params(this->memory);
+    params = router.make_params(this->exact(router.params_bytes()));
+    grad = router.make_params(this->exact(router.params_bytes()));
     this->adopt(params, grad);
     x = this->input("x", kTokens, kWidth);
     const auto factor = this->zeros(kSamples * kTokens, kWidth);
@@ -47,14 +47,14 @@ struct Trial : test::LayerTrial<T> {
     buffers.factor = factor;
     this->y = this->zeros(kTokens, 2 * kExperts);
     this->dy = this->normal(kTokens, 2 * kExperts);
-    tape = router.make_tape(this->memory, kTokens);
-    d_tape = router.make_tape(this->memory, kTokens);
+    tape = router.make_tape(this->exact(router.tape_bytes(kTokens)), kTokens);
+    d_tape = router.make_tape(this->exact(router.tape_bytes(kTokens)), kTokens);
     table = mole::RoutingTable<T>(this->memory, kTokens, kExperts, kExperts);
   }
 
   std::size_t scratch_bytes(int workers) const { return router.scratch_bytes(kTokens, workers); }
   void forward(const mole::Context& context) {
-    mole::Workspace packing = this->packing();
+    mole::Workspace packing = this->packing(router.prepared_bytes());
     router.forward(router.prepare(params, packing), buffers, {.x = x.value}, {}, {}, table, {},
                    &tape, context);
     for (Index t = 0; t < kTokens; ++t) {
