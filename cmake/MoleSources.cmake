@@ -5,6 +5,7 @@ include_guard()
 # The compiled library.
 set(MOLE_SOURCES
     src/algebra/residual_base.cpp
+    src/algebra/router_fit.cpp
     src/core/parallel.cpp
     src/experts/film_bank.cpp
     src/experts/lora_bank.cpp
@@ -117,8 +118,10 @@ set(MOLE_SOURCES
 # Public headers.
 set(MOLE_HEADERS
     include/mole/algebra/adapter_scales.hpp
+    include/mole/algebra/least_squares.hpp
     include/mole/algebra/merge.hpp
     include/mole/algebra/residual_base.hpp
+    include/mole/algebra/router_fit.hpp
     include/mole/algebra/soft_merge.hpp
     include/mole/core/config.hpp
     include/mole/core/context.hpp

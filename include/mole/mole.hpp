@@ -120,7 +120,9 @@
 #include "mole/layers/session.hpp"
 
 #include "mole/algebra/adapter_scales.hpp"
+#include "mole/algebra/least_squares.hpp"
 #include "mole/algebra/merge.hpp"
+#include "mole/algebra/router_fit.hpp"
 #include "mole/algebra/soft_merge.hpp"
 
 #include "mole/optim/adamw.hpp"
