@@ -41,6 +41,28 @@ template <class T>
 T correctness_loss(std::type_identity_t<T> weight, MatView<const T> logits,
                    MatView<const std::uint8_t> correct, std::type_identity_t<MatView<T>> dlogits);
 
+/// Whom correctness_loss should call right on one token: the experts whose most likely class is the
+/// label; if there is none, the one that gives the label most. Ties go to the lower class and
+/// expert. probability [experts, classes], correct [experts]. Throws shape_mismatch or
+/// invalid_argument.
+template <class T>
+void mark_correct(MatView<const T> probability, Index label, std::span<std::uint8_t> correct) {
+  require(static_cast<Index>(correct.size()) == probability.rows, Errc::shape_mismatch,
+          "correct: expected ", probability.rows, " values, got ", correct.size());
+  require(label >= 0 && label < probability.cols, Errc::invalid_argument, "label: ", label,
+          " is not in 0 ... ", probability.cols - 1);
+  Index best = 0;
+  bool is_known = false;
+  for (Index e = 0; e < probability.rows; ++e) {
+    const std::span<const T> row = probability.row(e);
+    const bool is_right = std::max_element(row.begin(), row.end()) - row.begin() == label;
+    correct[static_cast<std::size_t>(e)] = is_right ? 1 : 0;
+    is_known = is_known || is_right;
+    if (probability(e, label) > probability(best, label)) best = e;
+  }
+  if (!is_known && !correct.empty()) correct[static_cast<std::size_t>(best)] = 1;
+}
+
 /// reward, rank [n]; dreward likewise, or empty. Throws shape_mismatch.
 template <class T>
 T ranking_loss(std::span<const T> reward, std::span<const std::int64_t> rank, bool log_sigmoid,
