@@ -7,7 +7,9 @@ set(MOLE_SOURCES
     src/algebra/residual_base.cpp
     src/algebra/router_fit.cpp
     src/core/parallel.cpp
+    src/experts/ffn_bank.cpp
     src/experts/film_bank.cpp
+    src/experts/linear_bank.cpp
     src/experts/lora_bank.cpp
     src/experts/modulated_bank.cpp
     src/experts/shared_down_bank.cpp
@@ -42,6 +44,7 @@ set(MOLE_SOURCES
     src/kernels/chain_product_simd.cpp
     src/kernels/dense.cpp
     src/kernels/gated_low_rank.cpp
+    src/kernels/gated_rows.cpp
     src/kernels/math.cpp
     src/kernels/norm.cpp
     src/kernels/score_row.cpp
@@ -72,6 +75,7 @@ set(MOLE_SOURCES
     src/routers/gru.cpp
     src/routers/gshard.cpp
     src/routers/hard_top_k.cpp
+    src/routers/hard_top_k_by_id.cpp
     src/routers/hash.cpp
     src/routers/lora_mixer.cpp
     src/routers/mlp.cpp
@@ -137,7 +141,9 @@ set(MOLE_HEADERS
     include/mole/core/view.hpp
     include/mole/core/workspace.hpp
     include/mole/experts/expert_bank.hpp
+    include/mole/experts/ffn_bank.hpp
     include/mole/experts/film_bank.hpp
+    include/mole/experts/linear_bank.hpp
     include/mole/experts/lora_bank.hpp
     include/mole/experts/modulated_bank.hpp
     include/mole/experts/shared_down_bank.hpp
@@ -159,6 +165,8 @@ set(MOLE_HEADERS
     include/mole/kernels/gated.hpp
     include/mole/kernels/gated_low_rank.hpp
     include/mole/kernels/gated_low_rank_loops.hpp
+    include/mole/kernels/gated_rows.hpp
+    include/mole/kernels/gated_rows_loops.hpp
     include/mole/kernels/math.hpp
     include/mole/kernels/norm.hpp
     include/mole/kernels/rows.hpp
@@ -166,6 +174,7 @@ set(MOLE_HEADERS
     include/mole/kernels/score_row_portable.hpp
     include/mole/kernels/shared_low_rank.hpp
     include/mole/kernels/shared_low_rank_loops.hpp
+    include/mole/layers/adapted_ffn.hpp
     include/mole/layers/adapted_linear.hpp
     include/mole/layers/any_layer.hpp
     include/mole/layers/description.hpp
@@ -177,6 +186,7 @@ set(MOLE_HEADERS
     include/mole/layers/mixture.hpp
     include/mole/layers/mofme.hpp
     include/mole/layers/owned_weights.hpp
+    include/mole/layers/pass_through.hpp
     include/mole/layers/payload_lookup.hpp
     include/mole/layers/recurrent_stack.hpp
     include/mole/layers/rmoe.hpp
@@ -207,6 +217,7 @@ set(MOLE_HEADERS
     include/mole/routers/gru.hpp
     include/mole/routers/gshard.hpp
     include/mole/routers/hard_top_k.hpp
+    include/mole/routers/hard_top_k_by_id.hpp
     include/mole/routers/hash.hpp
     include/mole/routers/lora_mixer.hpp
     include/mole/routers/mlp.hpp
@@ -232,6 +243,7 @@ set(MOLE_HEADERS
     include/mole/routers/uncertainty.hpp
     include/mole/routers/unit.hpp
     include/mole/routing/balance_bias.hpp
+    include/mole/routing/by_id_head.hpp
     include/mole/routing/call.hpp
     include/mole/routing/capacity.hpp
     include/mole/routing/entropy.hpp

@@ -30,6 +30,7 @@
 #include "mole/kernels/shared_low_rank.hpp"
 
 #include "mole/routing/balance_bias.hpp"
+#include "mole/routing/by_id_head.hpp"
 #include "mole/routing/call.hpp"
 #include "mole/routing/capacity.hpp"
 #include "mole/routing/head.hpp"
@@ -56,6 +57,7 @@
 #include "mole/routers/gru.hpp"
 #include "mole/routers/gshard.hpp"
 #include "mole/routers/hard_top_k.hpp"
+#include "mole/routers/hard_top_k_by_id.hpp"
 #include "mole/routers/hash.hpp"
 #include "mole/routers/lora_mixer.hpp"
 #include "mole/routers/mlp.hpp"
@@ -82,7 +84,9 @@
 #include "mole/routers/unit.hpp"
 
 #include "mole/experts/expert_bank.hpp"
+#include "mole/experts/ffn_bank.hpp"
 #include "mole/experts/film_bank.hpp"
+#include "mole/experts/linear_bank.hpp"
 #include "mole/experts/lora_bank.hpp"
 #include "mole/experts/modulated_bank.hpp"
 #include "mole/experts/shared_down_bank.hpp"
@@ -103,6 +107,7 @@
 #include "mole/losses/token_mask.hpp"
 #include "mole/losses/z_loss.hpp"
 
+#include "mole/layers/adapted_ffn.hpp"
 #include "mole/layers/adapted_linear.hpp"
 #include "mole/layers/any_layer.hpp"
 #include "mole/layers/description.hpp"
@@ -114,6 +119,7 @@
 #include "mole/layers/mixture.hpp"
 #include "mole/layers/mofme.hpp"
 #include "mole/layers/owned_weights.hpp"
+#include "mole/layers/pass_through.hpp"
 #include "mole/layers/payload_lookup.hpp"
 #include "mole/layers/recurrent_stack.hpp"
 #include "mole/layers/rmoe.hpp"

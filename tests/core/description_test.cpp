@@ -212,10 +212,10 @@ TEMPLATE_TEST_CASE("every kind of the registry is unique and comes back from JSO
   };
   check(mole::RouterTypes<TestType>());
   check(mole::BankTypes<TestType>());
-  CHECK(kinds.size() == 42);
+  CHECK(kinds.size() == 45);
   CHECK(thrown([&] { with_kind(mole::BankTypes<TestType>(), "dora", [](auto) {}); }) ==
-        "unsupported: kind \"dora\" is unknown, expected one of film_bank, lora_bank, "
-        "modulated_bank, shared_down_bank, shared_up_bank");
+        "unsupported: kind \"dora\" is unknown, expected one of ffn_bank, film_bank, linear_bank, "
+        "lora_bank, modulated_bank, shared_down_bank, shared_up_bank");
 }
 
 TEST_CASE("a layer is described by its parts") {

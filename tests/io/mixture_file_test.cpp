@@ -36,6 +36,7 @@ using DenseShared = mole::Mixture<mole::DenseRouter<double>, mole::SharedDownBan
 using GivenShared = mole::Mixture<mole::GivenRouter<float>, mole::SharedUpBank<float>>;
 using Noisy = mole::Mixture<mole::NoisyTopKRouter<float>, mole::LoraBank<float>>;
 using Linear = mole::AdaptedLinear<DenseShared>;
+using MixLora = mole::Mixture<mole::TopKRouter<float>, mole::FfnBank<float>>;
 
 constexpr Index kIn = 13, kOut = 7, kTokens = 11;
 
@@ -70,6 +71,17 @@ template <>
 Noisy make_layer() {
   return {mole::NoisyTopKRouter<float>({.width = kIn, .experts = 3, .k = 2}),
           mole::LoraBank<float>({.in = kIn, .out = kOut, .rank = {1, 2, 3}, .scale = {1, 2, 3}})};
+}
+template <>
+MixLora make_layer() {
+  return {mole::TopKRouter<float>({.width = kIn, .experts = 3, .k = 2}),
+          mole::FfnBank<float>({.in = kIn,
+                                .inner = 9,
+                                .out = kOut,
+                                .experts = 3,
+                                .activation = mole::Activation::gelu,
+                                .inner_bias = true,
+                                .up = {{1, 0, 2}, {1, 1, -0.5f}}})};
 }
 template <>
 GivenShared make_layer() {
@@ -198,7 +210,7 @@ constexpr auto kTwoNames = [](auto&& add) {
 }  // namespace
 
 TEMPLATE_TEST_CASE("what is saved and loaded computes the same bits", "", TopKRagged, TopKHalf,
-                   DenseShared, Linear, Noisy, mole::Lora<float>) {
+                   DenseShared, Linear, Noisy, MixLora, mole::Lora<float>) {
   const auto layer = make_layer<TestType>();
   const auto weights = random_weights(layer);
   const mole::test::TemporaryFolder folder;

@@ -3,7 +3,6 @@
 #include "contracts/bank_contract.hpp"
 #include "contracts/router_contract.hpp"
 #include "skeletons/dora_bank.hpp"
-#include "skeletons/ffn_bank.hpp"
 #include "skeletons/rank_wise.hpp"
 
 namespace skeleton {
@@ -19,19 +18,9 @@ TEST_CASE("the router skeleton keeps the router contract", "[skeletons]") {
   }
 }
 
-TEST_CASE("the bank skeletons keep the bank contract", "[skeletons]") {
-  SECTION("experts on the base product") {
-    test::bank_contract(DoraBank<double>(
-        {.in = 11, .out = 7, .rank = {3, 2, 0, 5, 1}, .scale = {0.5, 2, 1, -0.75, 1.5}}));
-  }
-  SECTION("feed-forward experts") {
-    test::bank_contract(FfnBank<double>({.width = 11,
-                                         .inner = 7,
-                                         .gate_rank = {3, 2, 0, 5},
-                                         .up_rank = {1, 2, 3, 0},
-                                         .down_rank = {0, 3, 2, 1},
-                                         .scale = 0.5}));
-  }
+TEST_CASE("the bank skeleton keeps the bank contract", "[skeletons]") {
+  test::bank_contract(DoraBank<double>(
+      {.in = 11, .out = 7, .rank = {3, 2, 0, 5, 1}, .scale = {0.5, 2, 1, -0.75, 1.5}}));
 }
 
 }  // namespace skeleton

@@ -172,6 +172,12 @@ class LoraBank {
                 const BankInputGradient<T>& d_input, const Params<T>& grad,
                 const Context& context) const;
 
+  /// Throws shape_mismatch unless the parameters fit the config; what is optional may be empty.
+  template <class V>
+  void check_params(std::string_view what, const Params<V>& params, bool optional) const;
+  /// Throws out_of_memory unless the tape holds that many slots.
+  void check_tape(const Tape& tape, Index slots) const;
+
  private:
   /// Scratch of forward and backward. Ranks are those of one slot row.
   struct Scratch {
@@ -188,9 +194,6 @@ class LoraBank {
   template <class V, class Arena>
   Params<V> take_params(Arena& arena) const;
 
-  template <class V>
-  void check_params(std::string_view what, const Params<V>& params, bool optional) const;
-  void check_tape(const Tape& tape, Index slots) const;
   bool takes_dense_path(const BankInput<T>& input, const Routing<T>& routing,
                         const Tape* tape) const noexcept;
   void widen_weights(const Weights& weights, const Scratch& scratch, Workspace& memory) const;

@@ -8,7 +8,9 @@
 #include <type_traits>
 
 #include "mole/core/describe.hpp"
+#include "mole/experts/ffn_bank.hpp"
 #include "mole/experts/film_bank.hpp"
+#include "mole/experts/linear_bank.hpp"
 #include "mole/experts/lora_bank.hpp"
 #include "mole/experts/modulated_bank.hpp"
 #include "mole/experts/shared_down_bank.hpp"
@@ -21,6 +23,7 @@
 #include "mole/routers/grouped.hpp"
 #include "mole/routers/gshard.hpp"
 #include "mole/routers/hard_top_k.hpp"
+#include "mole/routers/hard_top_k_by_id.hpp"
 #include "mole/routers/hash.hpp"
 #include "mole/routers/lora_mixer.hpp"
 #include "mole/routers/mlp.hpp"
@@ -67,6 +70,7 @@ using RouterTypes = TypeList<
     MlpRouter<T>,
     NearBestRouter<T>,
     NoisyTopKRouter<T>,
+    OnePlusByIdRouter<T>,
     OnePlusRouter<T>,
     PrototypeChoiceRouter<T>,
     PrototypeRouter<T>,
@@ -92,7 +96,9 @@ using RouterTypes = TypeList<
 
 template <class T>
 using BankTypes = TypeList<
+    FfnBank<T>,
     FilmBank<T>,
+    LinearBank<T>,
     LoraBank<T>,
     ModulatedBank<T>,
     SharedDownBank<T>,
