@@ -7,9 +7,13 @@ include(FetchContent)
 set(MOLE_FETCHED "")
 
 # mole_dependency(<package> <target> VERSIONS <v>... REPOSITORY <url> COMMIT <id>)
-# Tries the versions in order. A macro, because find_package sets variables in the caller.
+# Tries the versions in order; without any takes what there is. A macro, because find_package sets
+# variables in the caller.
 macro(mole_dependency package target)
   cmake_parse_arguments(mole_dep "" "REPOSITORY;COMMIT" "VERSIONS" ${ARGN})
+  if(NOT mole_dep_VERSIONS)
+    find_package(${package} CONFIG QUIET)
+  endif()
   foreach(mole_dep_version IN LISTS mole_dep_VERSIONS)
     if(NOT TARGET ${target})
       find_package(${package} ${mole_dep_version} CONFIG QUIET)

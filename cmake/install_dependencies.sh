@@ -5,7 +5,7 @@
 set -eu
 
 packages="g++ cmake ninja-build ccache pkg-config libeigen3-dev libhwy-dev libfmt-dev
-  nlohmann-json3-dev catch2"
+  nlohmann-json3-dev catch2 librapidcheck-dev"
 
 if ! command -v apt-get >/dev/null || ! command -v dpkg-query >/dev/null; then
   missing=""
@@ -15,7 +15,8 @@ if ! command -v apt-get >/dev/null || ! command -v dpkg-query >/dev/null; then
   if [ -n "$missing" ]; then
     echo "not found:$missing" >&2
     echo "Install a C++20 compiler, CMake 3.25, Ninja, pkg-config, Eigen 3.4, Highway 1.0.3," \
-      "fmt 9, nlohmann-json 3.11 and Catch2 2.13 (or newer ones) with your package manager." >&2
+      "fmt 9, nlohmann-json 3.11, Catch2 2.13 (or newer ones) and RapidCheck with your package" \
+      "manager." >&2
     exit 1
   fi
   exit 0
