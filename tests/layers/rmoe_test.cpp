@@ -86,10 +86,23 @@ struct Trial : test::LayerTrial<T> {
   Tensor x, start;
 };
 
+template <class T>
+typename mole::Rmoe<mole::LoraBank<T>>::Config raw() {
+  auto config = everything<T>();
+  config.renormalise = false;
+  config.cell = mole::CellKind::rnn;
+  return config;
+}
+template <class T>
+struct RawTrial : Trial<T> {
+  RawTrial() : Trial<T>(raw<T>()) {}
+};
+
 }  // namespace
 
 TEST_CASE("a recurrent stack keeps what every layer keeps", "[layers]") {
   test::check_layer<Trial>();
+  test::check_layer<RawTrial>();
 }
 
 TEST_CASE("a stack in inference gives the bits of training", "[layers]") {

@@ -149,6 +149,9 @@ struct PathwayTrial : CarryTrial<mole::PathwayRouter<T>> {
                                                                    .floor = T(0.125)})) {
     const auto pathway = this->input("pathway", 1, kExperts);
     for (Index e = 0; e < kExperts; ++e) pathway.value(0, e) = T(1) / static_cast<T>(e + 1);
+    if (gates == mole::PathwayGates::top_core) {  // so that one outside the core is chosen
+      for (const Index e : {Index{1}, Index{3}, Index{4}}) pathway.value(0, e) = T(-0.5);
+    }
     this->carry = {pathway.value};
     this->d_carry = {pathway.gradient};
     for (Index t = 0; t < kTokens; ++t) rows.push_back(t % 3 == 1);

@@ -3,7 +3,7 @@
 // has its own layers and drives the stack beside them, layer by layer, forward and backward.
 //
 //   for l = 0, 1, ..., layers - 1        x_l: what the host's layer l routes by
-//     h_l = cell(P_l x_l, h_(l-1))       g = softmax over the k largest of W_l h_l (+ b_l)
+//     h_l = cell(P_l x_l, h_(l-1))       g: GruRouter's, of the k largest of W_l h_l (+ b_l)
 //
 // Shapes: x_l [tokens, width], h [tokens, state], P_l [state, width], W_l [experts, state]. The
 // matrices of all layers are stacked, layer l being a block of rows; the cell is there once, for
@@ -71,6 +71,7 @@ class RecurrentStack {
     bool cell_bias = true;
     bool bias = false;  ///< the logits have a bias
     bool detach_state = false;
+    bool renormalise = true;  ///< of the k gates
 
     static constexpr std::string_view kind() noexcept { return "recurrent_stack"; }
     template <class F, class... C>
@@ -84,6 +85,7 @@ class RecurrentStack {
       f(Field{"cell_bias"}, c.cell_bias...);
       f(Field{"bias"}, c.bias...);
       f(Field{"detach_state"}, c.detach_state...);
+      f(Field{"renormalise"}, c.renormalise...);
     }
   };
 
@@ -183,7 +185,8 @@ RecurrentStack<T>::RecurrentStack(const Config& config)
                .k = config.k,
                .cell = config.cell,
                .cell_bias = config.cell_bias,
-               .bias = config.bias}) {
+               .bias = config.bias,
+               .renormalise = config.renormalise}) {
   require_field(config.layers >= 1, "RecurrentStack", "layers", "at least 1", config.layers);
   require_field(config.state >= 1, "RecurrentStack", "state", "at least 1", config.state);
 }

@@ -3,7 +3,7 @@
 // x:
 //
 //   u = x, or norm ∘ x / sqrt(mean(x²) + epsilon)
-//   h ← cell(P u, h)      g = softmax over the k largest of W h         recurrent_stack.hpp
+//   h ← cell(P u, h)      g = softmax over the k largest of W h      recurrent_stack.hpp
 //   m = Σ_e g_e f_e(u) + bias
 //   m ← moe_weight · m + share_weight · D (act(G u) ∘ U u)              with a shared expert
 //   m ← m + base u                                                      with a base map
@@ -76,6 +76,7 @@ class Rmoe {
     CellKind cell = CellKind::gru;
     bool cell_bias = true;
     bool detach_state = false;
+    bool renormalise = true;  ///< of the k gates
     bool residual = true;
     bool rms_norm = false;
     T norm_epsilon = T(1e-6);
@@ -95,6 +96,7 @@ class Rmoe {
       f(Field{"cell"}, c.cell...);
       f(Field{"cell_bias"}, c.cell_bias...);
       f(Field{"detach_state"}, c.detach_state...);
+      f(Field{"renormalise"}, c.renormalise...);
       f(Field{"residual"}, c.residual...);
       f(Field{"rms_norm"}, c.rms_norm...);
       f(Field{"norm_epsilon"}, c.norm_epsilon...);
@@ -203,15 +205,15 @@ class Rmoe {
 
   static typename Routers::Config router_config(const B& experts, const Config& config) {
     const auto dense = static_cast<Index>(config.dense_layers.size());
-    return {config.layers - dense,
-            experts.input_width(),
-            experts.experts(),
-            config.state,
-            config.k,
-            config.cell,
-            config.cell_bias,
-            false,
-            config.detach_state};
+    return {.layers = config.layers - dense,
+            .width = experts.input_width(),
+            .experts = experts.experts(),
+            .state = config.state,
+            .k = config.k,
+            .cell = config.cell,
+            .cell_bias = config.cell_bias,
+            .detach_state = config.detach_state,
+            .renormalise = config.renormalise};
   }
 
   B experts_;

@@ -3,7 +3,8 @@
 // whose state goes from layer to layer with the token.
 //
 //   x' = P x      h' = cell(x', h)      l = h' Wᵀ (+ b, + overrides)
-//   S = the k largest l, ties to the lower expert      g = softmax of l over S
+//   S = the k largest l, ties to the lower expert      g = softmax of l over S, or, without
+//   renormalise, the softmax over all experts on S
 //
 // Shapes: x [tokens, width], P [state, width], W [experts, state], h, h' [tokens, state]. P and W
 // are the layer's own. The cell belongs to the stack: Params looks at it and visit does not name
@@ -116,6 +117,7 @@ class GruRouter : public HeadRouter<T, GruHead<T>, TopKRule<T>> {
     CellKind cell = CellKind::gru;
     bool cell_bias = true;
     bool bias = false;  ///< the logits have a bias
+    bool renormalise = true;
 
     static constexpr std::string_view kind() noexcept { return "gru"; }
     template <class F, class... C>
@@ -127,6 +129,7 @@ class GruRouter : public HeadRouter<T, GruHead<T>, TopKRule<T>> {
       f(Field{"cell"}, c.cell...);
       f(Field{"cell_bias"}, c.cell_bias...);
       f(Field{"bias"}, c.bias...);
+      f(Field{"renormalise"}, c.renormalise...);
     }
   };
 
@@ -136,7 +139,7 @@ class GruRouter : public HeadRouter<T, GruHead<T>, TopKRule<T>> {
             {config.width,
              {config.state, config.state, config.cell, config.cell_bias},
              linear_head<T>("GruRouter", config.state, config.experts, config.bias).linear},
-            {config.k, {Score::softmax, false, true, T(0), T(1)}}),
+            {config.k, {Score::softmax, false, config.renormalise, T(0), T(1)}}),
         config_(config) {
     const auto check = [](bool good, const char* field, const char* expected, auto got) {
       require_field(good, "GruRouter", field, expected, got);

@@ -8,7 +8,7 @@
 //     shares     s = ω' / Σ ω', with ω'_e = ω_e on the core and `floor` elsewhere; the k largest s,
 //                g = s, or shares of it with renormalise
 //     core       every core expert, g = ω, as it is
-//     top_core   the k largest ω of the core, g = ω
+//     top_core   the k largest ω, 0 for experts outside the core; g = that value
 //
 // Shapes: x [tokens, width], W [experts, width], ω [1, experts] (carry_in.pathway; its gradient is
 // added to d_carry_in.pathway), core [experts], empty: all. The tape's prob is p for every token.
@@ -214,7 +214,10 @@ T PathwayRule<T>::values(const RuleRow<T>& row, const Buffers& buffers) const no
   double sum = 0;
   for (std::size_t e = 0; e < row.logits.size(); ++e) {
     const bool core = is_core(buffers, static_cast<Index>(e));
-    row.work[e] = core ? row.side[e] : gates == PathwayGates::shares ? floor : kNever;
+    const T outside = gates == PathwayGates::core     ? kNever
+                      : gates == PathwayGates::shares ? floor
+                                                      : T(0);
+    row.work[e] = core ? row.side[e] : outside;
     if (!(row.logits[e] > kNever)) row.work[e] = kNever;
     if (row.work[e] > kNever) sum += row.work[e];
   }
@@ -286,7 +289,9 @@ void PathwayRule<T>::backward(const RuleRow<T>& row, const Buffers& buffers,
   if (gates == PathwayGates::shares) {
     shares_of_pathway_backward(row, buffers, d);
   } else {
-    for (std::size_t i = 0; i < row.chosen.size(); ++i) d.dside[row.chosen[i]] += d.dgate[i];
+    for (std::size_t i = 0; i < row.chosen.size(); ++i) {
+      if (is_core(buffers, row.chosen[i])) d.dside[row.chosen[i]] += d.dgate[i];
+    }
   }
   stages::score_backward<T>(weighting.score, row.logits, row.prob, d.dprob, d.dlogits);
 }

@@ -203,11 +203,12 @@ void sentence_switch(Case<T>& c) {
   for (Index b = 0; b < count; ++b) selected.push_back(run.selected(begin[b]).front());
   c.expect("out.selected", selected);
   const T coef = number(c, "aux_coef");
-  if (c.template config<std::string>("aux") == "specified_expert") {
+  const std::string aux = c.template config<std::string>("aux");
+  if (aux == "specified_expert") {
     const auto domain = c.ints("in.domain");
     c.expect("out.aux_loss", mole::domain_loss<T>(1, logits, domain, {}, c.context()));
     mole::domain_loss<T>(coef, logits, domain, firsts(run.d_tape.logits, count), c.context());
-  } else {
+  } else if (aux == "balance_top1") {
     const MatView<const T> prob = run.tape.router.prob;
     c.expect("out.aux_loss", mole::balance_loss<T>({}, run.routing, prob, {}, c.context()));
     mole::balance_loss<T>({.weight = coef}, run.routing, prob, run.d_tape.prob, c.context());

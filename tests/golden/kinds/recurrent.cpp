@@ -50,7 +50,8 @@ void rmoe(Case<T>& c) {
                                    .state = c.extent("in.dh", 1),
                                    .k = c.template config<Index>("top_k"),
                                    .cell = cell_kind(c),
-                                   .cell_bias = tensors.has_bias});
+                                   .cell_bias = tensors.has_bias,
+                                   .renormalise = c.template config<bool>("renormalise")});
   using Params = mole::GruParams<const T>;
   const Params params{c.matrix("param.weight1"), {c.matrix("param.weight2"), {}}, tensors.params};
   const Index count = x.rows, width = c.extent("in.dh", 1);

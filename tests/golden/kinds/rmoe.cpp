@@ -128,6 +128,7 @@ void run(Case<T>& c, const B& bank, Experts& experts) {
   config.cell = golden::cell_kind(c);
   config.cell_bias = cell.has_bias;
   config.detach_state = flag("detach_state");
+  config.renormalise = flag("renormalise");
   config.residual = flag("residual");
   config.rms_norm = c.template config<std::string>("norm") == "rms";
   config.norm_epsilon = number("rms_eps");
