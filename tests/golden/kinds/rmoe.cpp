@@ -7,6 +7,7 @@
 #include "golden/golden.hpp"
 #include "golden/kinds/cell_tensors.hpp"
 #include "golden/kinds/lora_experts.hpp"
+#include "mole/experts/ffn_bank.hpp"
 #include "mole/layers/rmoe.hpp"
 
 namespace {
@@ -198,8 +199,71 @@ void run(Case<T>& c, const B& bank, Experts& experts) {
   experts.expect_gradient();
 }
 
+/// The matrices of one kind of all experts of all layers, [layers, experts, out, in].
+template <class T>
+struct Matrices {
+  Matrices(Case<T>& c, const char* tensor)
+      : name(tensor),
+        experts(c.extent(tensor, 1)),
+        out(c.extent(tensor, 2)),
+        all(c.matrix(tensor)),
+        gradient(golden::zeros(c, all.rows, all.cols)) {
+    for (Index i = 0; i < all.rows; i += out) {
+      weights.push_back(all.row_block(i, out).data);
+      gradients.push_back(gradient.row_block(i, out).data);
+    }
+  }
+  template <class V>
+  mole::LinearBankParams<V> of_layer(const std::vector<V*>& list, Index layer) const {
+    return {all.cols, out, mole::ExpertBase::own,
+            std::span<V* const>(list).subspan(static_cast<std::size_t>(layer * experts),
+                                              static_cast<std::size_t>(experts))};
+  }
+
+  std::string name;
+  Index experts, out;
+  MatView<const T> all;
+  MatView<T> gradient;
+  std::vector<const T*> weights;
+  std::vector<T*> gradients;
+};
+
+/// w2 (act(w1 u) ∘ w3 u)
+template <class T>
+struct GatedExperts {
+  explicit GatedExperts(Case<T>& c)
+      : c(c), gate(c, "param.w1"), up(c, "param.w3"), down(c, "param.w2") {}
+
+  mole::FfnBank<T> bank() const {
+    return mole::FfnBank<T>({.in = up.all.cols,
+                             .inner = up.out,
+                             .out = down.out,
+                             .experts = up.experts,
+                             .activation = activation(c),
+                             .base = mole::ExpertBase::own});
+  }
+  mole::FfnBankParams<const T> weights(Index layer) const {
+    return {gate.of_layer(gate.weights, layer), up.of_layer(up.weights, layer),
+            down.of_layer(down.weights, layer)};
+  }
+  mole::FfnBankParams<T> gradient(Index layer) const {
+    return {gate.of_layer(gate.gradients, layer), up.of_layer(up.gradients, layer),
+            down.of_layer(down.gradients, layer)};
+  }
+  void expect_gradient() {
+    for (const Matrices<T>* m : {&gate, &up, &down}) c.expect("grad." + m->name, m->gradient);
+  }
+
+  Case<T>& c;
+  Matrices<T> gate, up, down;
+};
+
 template <class T>
 void rmoe(Case<T>& c) {
+  if (c.template config<std::string>("experts") == "swiglu") {
+    GatedExperts<T> experts(c);
+    return run(c, experts.bank(), experts);
+  }
   golden::LoraExperts<T> experts(c);
   run(c, mole::LoraBank<T>(experts.config), experts);
 }
