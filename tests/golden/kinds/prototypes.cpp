@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "golden/golden.hpp"
+#include "golden/kinds/ffn_run.hpp"
 #include "golden/kinds/layer_run.hpp"
 #include "mole/layers/payload_lookup.hpp"
 #include "mole/losses/balance.hpp"
@@ -133,20 +134,18 @@ void promoe_router(Case<T>& c) {
 }
 GOLDEN_KIND("router.promoe", promoe_router);
 
-/// The expert that always works, on top of y: its gradients, and its part of dx.
-template <class T>
-void add_shared_lora(Case<T>& c, MatView<T> y, MatView<T> dx) {
+/// The expert that always works, on top of y: its part of y and of dx.
+template <class T, class Bank>
+void add_shared(Case<T>& c, const Bank& bank, const typename Bank::Weights& weights,
+                const typename Bank::template Params<T>& gradient, MatView<T> y, MatView<T> dx) {
   using Router = mole::UnitRouter<T>;
-  Experts<T> shared(c, "param.shared.");
-  MixtureRun<Router> run(
-      c, {Router({.width = shared.config.in, .experts = 1}), mole::LoraBank<T>(shared.config)},
-      {{}, shared.weights()}, shared.gradient(), c.matrix("in.x"));
+  MixtureRun<Router, Bank> run(c, {Router({.width = bank.input_width(), .experts = 1}), bank},
+                               {{}, weights}, gradient, c.matrix("in.x"));
   run.backward();
   for (Index t = 0; t < y.rows; ++t) {
     for (Index i = 0; i < y.cols; ++i) y(t, i) += run.y(t, i);
     for (Index i = 0; i < dx.cols; ++i) dx(t, i) += run.dx(t, i);
   }
-  shared.expect_gradient();
 }
 
 template <class T>
@@ -156,28 +155,55 @@ mole::RoutingContrast contrast_of(Case<T>& c) {
           .first_only = !c.template config<bool>("rcl_top_k")};
 }
 
+/// Two-matrix experts with biases.
+template <class T>
+golden::FfnExperts<T> mlp_experts(Case<T>& c, const std::string& prefix, Index experts) {
+  return {c,
+          mole::FfnForm::plain,
+          mole::ExpertBase::own,
+          experts,
+          {},
+          {prefix + "up", prefix + "up_bias", {}, {}},
+          {prefix + "down", prefix + "down_bias", {}, {}}};
+}
+
 /// A layer with any of the prototype routers: `more(run)` expects what is its own and adds losses.
 template <class Router, class T, class More>
 void promoe_layer(Case<T>& c, const Samples& samples, More more) {
   mole::LayerInput<T> input(c.matrix("in.x"));
   input.sequence_begin = samples.begin;
   input.ids = samples.ids;
-  const auto run_with = [&](auto& experts, auto bank, auto add_shared) {
-    MixtureRun<Router, decltype(bank)> run(c, {prototype_router<Router>(c, samples), bank},
-                                           {{c.matrix("param.prototypes")}, experts.weights()},
-                                           experts.gradient(), input);
+  const bool has_shared = c.template config<bool>("use_shared_expert");
+  const auto run_with = [&](const auto& experts, const auto& bank, auto share) {
+    MixtureRun<Router, std::remove_cvref_t<decltype(bank)>> run(
+        c, {prototype_router<Router>(c, samples), bank},
+        {{c.matrix("param.prototypes")}, experts.weights()}, experts.gradient(), input);
     c.expect("out.gate", run.gate);
     more(run);
     run.backward();
-    if (c.template config<bool>("use_shared_expert")) add_shared(run.y, run.dx);
+    if (has_shared) share(run.y, run.dx);
     c.expect("out.y", run.y);
     c.expect("grad.in.x", run.dx);
     c.expect("grad.param.prototypes", run.grad.router.prototypes);
-    experts.expect_gradient();
   };
+  if (c.template config<std::string>("experts") == "mlp") {
+    using Bank = mole::FfnBank<T>;
+    const auto experts = mlp_experts(c, "param.", samples.experts());
+    run_with(experts, Bank(experts.config), [&](MatView<T> y, MatView<T> dx) {
+      const auto shared = mlp_experts(c, "param.shared.", 1);
+      add_shared<T>(c, Bank(shared.config), shared.weights(), shared.gradient(), y, dx);
+      shared.expect_gradient(c);
+    });
+    return experts.expect_gradient(c);
+  }
+  using Bank = mole::LoraBank<T>;
   Experts<T> experts(c, "param.");
-  run_with(experts, mole::LoraBank<T>(experts.config),
-           [&](MatView<T> y, MatView<T> dx) { add_shared_lora(c, y, dx); });
+  run_with(experts, Bank(experts.config), [&](MatView<T> y, MatView<T> dx) {
+    Experts<T> shared(c, "param.shared.");
+    add_shared<T>(c, Bank(shared.config), shared.weights(), shared.gradient(), y, dx);
+    shared.expect_gradient();
+  });
+  experts.expect_gradient();
 }
 
 template <class T>
