@@ -50,6 +50,7 @@ set(MOLE_SOURCES
     src/kernels/score_row.cpp
     src/kernels/score_row_simd.cpp
     src/kernels/shared_low_rank.cpp
+    src/layers/any_router.cpp
     src/layers/dmoerm.cpp
     src/layers/home.cpp
     src/layers/recurrent_stack.cpp
@@ -134,9 +135,11 @@ set(MOLE_HEADERS
     include/mole/core/error.hpp
     include/mole/core/expected.hpp
     include/mole/core/half.hpp
+    include/mole/core/named_views.hpp
     include/mole/core/parallel.hpp
     include/mole/core/parallel_built_in.hpp
     include/mole/core/params.hpp
+    include/mole/core/placed.hpp
     include/mole/core/random.hpp
     include/mole/core/view.hpp
     include/mole/core/workspace.hpp
@@ -177,6 +180,8 @@ set(MOLE_HEADERS
     include/mole/layers/adapted_ffn.hpp
     include/mole/layers/adapted_linear.hpp
     include/mole/layers/any_layer.hpp
+    include/mole/layers/any_router.hpp
+    include/mole/layers/any_router_buffers.hpp
     include/mole/layers/description.hpp
     include/mole/layers/dmoerm.hpp
     include/mole/layers/home.hpp
