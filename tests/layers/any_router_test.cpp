@@ -61,6 +61,7 @@ template <class T>
 struct BufferNumbers {
   std::vector<T> selection_bias;
   Matrix<T> noise = test::random_matrix<T>(kTokens, kExperts, 61);
+  Matrix<T> factor = test::random_matrix<T>(2 * kTokens, kWidth, 62);  // of two samples
   Matrix<T> uniform{kTokens, kExperts,
                     [](Index r, Index c) { return T((r * 5 + c * 3) % 16) / 16; }};
   Matrix<T> uniform_row{1, kTokens, [](Index, Index c) { return T(c * 3 % 8) / 8; }};
@@ -87,6 +88,7 @@ struct BufferNumbers {
         own.uniform = any.uniform = uniform;
       }
     }
+    if constexpr (requires { own.factor; }) own.factor = any.factor = factor;
     if constexpr (requires { own.table; }) own.table = any.table = table;
     if constexpr (requires { own.experts; }) own.experts = any.experts = experts;
     if constexpr (requires { own.call; }) own.call = any.call = 7;
