@@ -123,5 +123,6 @@ TEST_CASE("a placed object is found by its type alone") {
   CHECK(*placed.get<Index>() == 7);
   CHECK(placed.get<double>() == nullptr);
   CHECK(mole::Placed().get<Index>() == nullptr);
-  CHECK(thrown([&] { mole::Placed(memory, Index{8}); }).starts_with("out_of_memory: "));
+  mole::Workspace full;
+  CHECK(thrown([&] { mole::Placed(full, Index{8}); }).starts_with("out_of_memory: "));
 }
