@@ -315,6 +315,31 @@ struct StrangeRouter : mole::DenseRouter<float> {
   }
 };
 
+/// A router whose tape has a number beside its views: how often it was written.
+struct CountingRouter : mole::DenseRouter<float> {
+  using Dense = mole::DenseRouter<float>;
+  struct Tape : mole::RouterTape<float> {
+    Index forwards = 0;
+  };
+  using Dense::Dense;
+  Tape make_tape(mole::Workspace& memory, Index max_tokens) const {
+    return {Dense::make_tape(memory, max_tokens), 0};
+  }
+  void forward(const Prepared& prepared, const Buffers&, const mole::Tokens<float>& tokens,
+               const mole::Overrides<float>& overrides, mole::None,
+               mole::RoutingTable<float>& table, mole::None, Tape* tape,
+               const mole::Context& context) const {
+    Dense::forward(prepared, {}, tokens, overrides, {}, table, {}, tape, context);
+    if (tape != nullptr) tape->forwards += 1;
+  }
+  void backward(const Params<const float>&, const Buffers&, const Tape& saved,
+                const mole::Tokens<float>&, const mole::Overrides<float>&, mole::None,
+                const mole::Routing<float>&, const Tape&, mole::None, MatView<float> dx,
+                const Params<float>&, mole::None, const mole::Context&) const {
+    dx(0, 0) += static_cast<float>(saved.forwards);
+  }
+};
+
 template <class Make>
 void keep_the_contract(Make make) {
   test::router_contract(AnyRouter<float>(make(float{})));
@@ -443,6 +468,16 @@ TEST_CASE("an AnyRouter refuses what a router of another type has prepared or re
         "invalid_argument: saved: was not made by a router of kind mlp");
   CHECK(backward(call_b.tape(), {}) ==
         "invalid_argument: d_tape: was not made by a router of kind mlp");
+}
+
+TEST_CASE("all that the router inside records comes back to it in backward") {
+  const AnyRouter<float> any(CountingRouter({.width = kWidth, .experts = kExperts}));
+  const test::RouterCase<AnyRouter<float>> use(any, {});
+  const auto problem = use.problem(kTokens);
+  test::RouterCall<AnyRouter<float>> call(use, problem);
+  for (int i = 0; i < 3; ++i) call.forward();
+  call.backward();
+  CHECK(call.gradient().dx(0, 0) == 3);
 }
 
 TEST_CASE("a router whose config lists no fields works, but has no description") {
