@@ -24,6 +24,9 @@ struct RouterUse {
   typename R::Buffers buffers = {};
   bool given_gates = false;  ///< forward reads Overrides::gates, and has no logits
   bool by_score = true;      ///< logits decide who is chosen, not ids
+  bool has_logits = true;    ///< that can be biased
+
+  bool takes_logits() const { return has_logits && !given_gates; }
 };
 
 /// The inputs of one call.

@@ -256,7 +256,7 @@ std::string overrides_are_obeyed(const RouterCase<R>& use) {
 template <class R>
 std::string non_finite_logits_follow_the_policy(const RouterCase<R>& use) {
   using T = typename R::Scalar;
-  if (use.use.given_gates) return "";
+  if (!use.use.takes_logits()) return "";
   constexpr T kInfinity = std::numeric_limits<T>::infinity();
   constexpr T kNan = std::numeric_limits<T>::quiet_NaN();
   const Index experts = use.router.experts(), row = 5;
@@ -394,7 +394,7 @@ std::string gradients_are_exact(RouterCase<R> use) {
     if (R::gradient != mole::GradientKind::exact) return "";
     constexpr double kStep = 1e-5;
     auto problem = use.problem(kTokens);
-    if (!use.use.given_gates) {
+    if (use.use.takes_logits()) {
       problem.logit_bias = random_matrix(kTokens, use.router.experts(), 43);
       problem.forbidden = Matrix<std::uint8_t>(kTokens, use.router.experts(),
                                                [](Index t, Index e) { return t == 3 && e == 2; });

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "contracts/router_contract.hpp"
 #include "support/catch.hpp"
 
 namespace {
@@ -49,6 +50,15 @@ std::vector<std::int32_t> experts_of(const mole::Routing<double>& routing, Index
 }
 
 }  // namespace
+
+TEST_CASE("UnitRouter keeps the router contract", "[routers]") {
+  const auto check = []<class T>(T) {
+    test::router_contract(mole::UnitRouter<T>({.width = 5, .experts = 7}),
+                          {.by_score = false, .has_logits = false});
+  };
+  check(float());
+  check(double());
+}
 
 TEST_CASE("UnitRouter gives every token every expert with gate 1", "[routers]") {
   Call call(3, 5);
