@@ -24,6 +24,18 @@ if(MOLE_COMPILED)
                POSITION_INDEPENDENT_CODE ON
                SOVERSION ${PROJECT_VERSION_MAJOR}.${PROJECT_VERSION_MINOR}
                VERSION ${PROJECT_VERSION})
+  # Sources that only instantiate templates, eight of a folder in one unit.
+  set_target_properties(mole PROPERTIES UNITY_BUILD ${MOLE_UNITY_BUILD} UNITY_BUILD_MODE GROUP)
+  foreach(folder IN ITEMS losses routers routing)
+    set(sources ${MOLE_SOURCES})
+    list(FILTER sources INCLUDE REGEX "^src/${folder}/")
+    set(count 0)
+    foreach(source IN LISTS sources)
+      math(EXPR group "${count} / 8")
+      math(EXPR count "${count} + 1")
+      set_source_files_properties("${source}" PROPERTIES UNITY_GROUP ${folder}_${group})
+    endforeach()
+  endforeach()
   target_link_libraries(mole PRIVATE hwy::hwy fmt::fmt)
   mole_use_headers_of(mole Eigen3::Eigen)
   mole_use_headers_of(mole nlohmann_json::nlohmann_json)

@@ -21,6 +21,7 @@ option(MOLE_FETCH "Download pinned dependencies that are not installed" OFF)
 
 # New compilers bring new warnings: an error for the project itself, never for its users.
 option(MOLE_WERROR "Treat warnings as errors" OFF)
+option(MOLE_UNITY_BUILD "Compile the small sources of the library several at a time" OFF)
 
 # A sanitizer instruments whole programs, so it is chosen for all targets at once.
 set(MOLE_SANITIZE "" CACHE STRING "Sanitizers: empty, address;undefined or thread")
