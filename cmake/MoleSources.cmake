@@ -67,6 +67,7 @@ set(MOLE_SOURCES
     src/losses/supervised.cpp
     src/losses/z_loss.cpp
     src/optim/adamw.cpp
+    src/routers/base.cpp
     src/routers/deepseek.cpp
     src/routers/dense.cpp
     src/routers/expert_choice.cpp
@@ -213,6 +214,7 @@ set(MOLE_HEADERS
     include/mole/losses/z_loss.hpp
     include/mole/mole.hpp
     include/mole/optim/adamw.hpp
+    include/mole/routers/base.hpp
     include/mole/routers/deepseek.hpp
     include/mole/routers/dense.hpp
     include/mole/routers/expert_choice.hpp

@@ -50,6 +50,7 @@
 #include "mole/routing/tokens.hpp"
 #include "mole/routing/top_k_rule.hpp"
 
+#include "mole/routers/base.hpp"
 #include "mole/routers/deepseek.hpp"
 #include "mole/routers/dense.hpp"
 #include "mole/routers/expert_choice.hpp"

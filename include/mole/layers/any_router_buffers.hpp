@@ -27,7 +27,7 @@ struct AnyRouterBuffers {
   MatView<const std::int32_t> table = {};  ///< [ids, k], hash
   MatView<const std::int32_t> experts = {};  ///< [tokens or more, k], forced
   std::uint64_t call = 0;                    ///< random
-  bool balance = true;                       ///< sinkhorn
+  bool balance = true;                       ///< base, sinkhorn
 
   /// What is saved with a mixture.
   template <class F, class... B>

@@ -15,6 +15,7 @@
 #include "mole/experts/modulated_bank.hpp"
 #include "mole/experts/shared_down_bank.hpp"
 #include "mole/experts/shared_up_bank.hpp"
+#include "mole/routers/base.hpp"
 #include "mole/routers/deepseek.hpp"
 #include "mole/routers/dense.hpp"
 #include "mole/routers/expert_choice.hpp"
@@ -55,6 +56,7 @@ struct TypeList {};
 // clang-format off
 template <class T>
 using RouterTypes = TypeList<
+    BaseRouter<T>,
     DeepSeekRouter<T>,
     DenseRouter<T>,
     ExpertChoiceRouter<T>,
