@@ -90,6 +90,35 @@ bool exchanged(const std::string& a, const std::string& b) {
   return false;
 }
 
+// Whether relative paths start there.
+bool is_current(const struct stat& folder) {
+  struct stat current {};
+  return ::stat(".", &current) == 0 && current.st_dev == folder.st_dev &&
+         current.st_ino == folder.st_ino;
+}
+
+// The owner as far as the system allows it, then the permissions, which a new owner resets.
+void take_over(const struct stat& old, int folder) noexcept {
+  struct stat now {};
+  mode_t mode = old.st_mode & 07777u;
+  if (::fchown(folder, old.st_uid, old.st_gid) != 0 &&
+      ::fchown(folder, static_cast<uid_t>(-1), old.st_gid) != 0 &&
+      (::fstat(folder, &now) != 0 || now.st_gid != old.st_gid)) {
+    mode &= 05707u;  // what the old group may do is not for another one
+  }
+  ::fchmod(folder, mode);
+}
+
+// Fails with EEXIST where the name is taken.
+int move_entry(const char* name, int from, int to) noexcept {
+  struct stat status {};
+  if (::fstatat(to, name, &status, AT_SYMLINK_NOFOLLOW) != 0) {
+    return ::renameat(from, name, to, name);
+  }
+  errno = EEXIST;
+  return -1;
+}
+
 }  // namespace
 
 NewFolder::NewFolder(const std::string& target, bool overwrite) {
@@ -97,9 +126,12 @@ NewFolder::NewFolder(const std::string& target, bool overwrite) {
           ": a path cannot hold a NUL byte");
   target_ = resolved(target);
   struct stat status {};
-  if (::lstat(target_.c_str(), &status) == 0) {
+  const bool exists = ::lstat(target_.c_str(), &status) == 0;
+  if (exists) {
     require(S_ISDIR(status.st_mode), Errc::io_error, shown_path(target_),
             ": is no folder, so none can be written there");
+    require(!is_current(status), Errc::state_error, shown_path(target_),
+            ": is the current directory, which cannot be replaced");
     old_ = opened(target_);
     replaces_ = old_.next() != nullptr;
     if (!replaces_ && errno != 0) refuse(target_, "reading the folder", errno);
@@ -109,12 +141,14 @@ NewFolder::NewFolder(const std::string& target, bool overwrite) {
   parent_ = split(target_).parent;
   make_folders(parent_);
   make();
-  // A replaced folder keeps its permissions.
-  if (replaces_) ::chmod(temporary_.c_str(), status.st_mode & 07777u);
+  if (exists) take_over(status, new_.descriptor());
 }
 
 void NewFolder::make() {
-  const std::string start = joined(parent_, "." + split(target_).name + ".new-");
+  constexpr std::size_t kLongest = 100;  // with what is added it must still be a name
+  const std::string name = split(target_).name;
+  const std::string start =
+      joined(parent_, "." + (name.size() <= kLongest ? name : "mole") + ".new-");
   constexpr int kAttempts = 1000;
   for (int attempt = 0; attempt < kAttempts; ++attempt) {
     std::string path = start + std::to_string(::getpid()) + "-" + std::to_string(attempt);
@@ -152,16 +186,17 @@ void NewFolder::commit(const std::vector<std::string>& replaced) {
   flush(parent_);
 }
 
-// Afterwards the new folder has the target's name and the old one the temporary name.
+// Afterwards the new folder has the target's name, and temporary_ is the name of the old one.
 void NewFolder::exchange() {
   if (exchanged(temporary_, target_)) return;
   if (::rename(target_.c_str(), aside_.c_str()) != 0) refuse(target_, "renaming", errno);
   if (::rename(temporary_.c_str(), target_.c_str()) != 0) {
     const int error = errno;
-    ::rename(aside_.c_str(), target_.c_str());
-    refuse(target_, "renaming", error);
+    if (::rename(aside_.c_str(), target_.c_str()) == 0) refuse(target_, "renaming", error);
+    fail(Errc::io_error, shown_path(target_), ": is not there any more, what it held is in ",
+         shown_path(aside_), ": ", std::generic_category().message(error));
   }
-  if (::rename(aside_.c_str(), temporary_.c_str()) != 0) refuse(aside_, "renaming", errno);
+  if (::rename(aside_.c_str(), temporary_.c_str()) != 0) std::swap(aside_, temporary_);
 }
 
 void NewFolder::move_along(const std::vector<std::string>& replaced) {
@@ -173,7 +208,7 @@ void NewFolder::move_along(const std::vector<std::string>& replaced) {
       again = true;
       const bool goes = std::find(replaced.begin(), replaced.end(), name) != replaced.end();
       const int done = goes ? ::unlinkat(old_.descriptor(), name, 0)
-                            : ::renameat(old_.descriptor(), name, new_.descriptor(), name);
+                            : move_entry(name, old_.descriptor(), new_.descriptor());
       if (done != 0 && error == 0) error = errno;
     }
     if (error == 0) error = errno;

@@ -12,9 +12,11 @@ namespace mole::inline MOLE_ABI {
 namespace io {
 
 /// Files are written into `path()`, a new folder beside the target; `commit` renames it. Without a
-/// commit the new folder goes away and nothing has changed. Folders above the target are made.
-/// Throws io_error with path, operation and the system's reason; state_error for a target that is
-/// not empty, unless `overwrite`; invalid_argument for a path with a NUL.
+/// commit the new folder goes away and nothing has changed. Folders above the target are made. A
+/// target that exists keeps its permissions and, as far as the system allows it, its owner.
+/// Throws io_error with path, operation and the system's reason, for a mount point too, which
+/// cannot be renamed; state_error for a target that is not empty, unless `overwrite`, and for the
+/// current directory, from which all relative paths start; invalid_argument for a path with a NUL.
 class NewFolder {
  public:
   NewFolder(const std::string& target, bool overwrite);
@@ -25,7 +27,9 @@ class NewFolder {
   const std::string& path() const noexcept { return temporary_; }
 
   /// Once, at the end. Of a folder that is replaced, the named files go, everything else moves
-  /// along. If that fails, the new folder is in place and the message says where the rest is.
+  /// along, over nothing that has the same name. If that fails, the new folder is in place and the
+  /// message says where the rest is. A process that is killed in between leaves the rest in the
+  /// hidden folder beside the target.
   void commit(const std::vector<std::string>& replaced);
 
  private:

@@ -17,11 +17,15 @@
 #include <chrono>
 #include <csignal>
 #include <cstdarg>
+#include <cstdio>
 #include <cstring>
+#include <set>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "io/file_builder.hpp"
+#include "io/new_folder.hpp"
 #include "mole/core/random.hpp"
 #include "mole/io/safetensors.hpp"
 #include "mole/io/safetensors_writer.hpp"
@@ -37,7 +41,8 @@ struct SystemFaults {
   int error = 0;             // of the n-th call
   long n = 0;                // 0: none fails
   bool for_ever = false;     // and all after it
-  std::string_view only;     // counts only this call; empty: all
+  std::string_view only;     // counts only calls whose names start so; empty: all
+  bool no_exchange = false;  // a file system that cannot exchange two names
   std::size_t transfer = 0;  // most bytes that one read or write moves; 0: all
   int interrupt = 0;         // every so many reads or writes are interrupted first; 0: none
 
@@ -57,7 +62,7 @@ SystemFaults* SystemFaults::active = nullptr;
 // True, with errno set, if this call must fail.
 bool fails(const char* call) {
   SystemFaults* faults = SystemFaults::active;
-  if (faults == nullptr || (!faults->only.empty() && faults->only != call)) return false;
+  if (faults == nullptr || !std::string_view(call).starts_with(faults->only)) return false;
   const long number = ++faults->calls;
   if (faults->n == 0 || number < faults->n || (number > faults->n && !faults->for_ever)) {
     return false;
@@ -125,6 +130,21 @@ int renameat(int from, const char* old_name, int to, const char* new_name) noexc
   return fails("renameat")
              ? -1
              : static_cast<int>(::syscall(SYS_renameat2, from, old_name, to, new_name, 0));
+}
+int renameat2(int from, const char* old_name, int to, const char* new_name,
+              unsigned flags) noexcept {
+  if (SystemFaults::active != nullptr && SystemFaults::active->no_exchange) {
+    errno = EINVAL;
+    return -1;
+  }
+  return fails("renameat2")
+             ? -1
+             : static_cast<int>(::syscall(SYS_renameat2, from, old_name, to, new_name, flags));
+}
+int rename(const char* old_name, const char* new_name) noexcept {
+  return fails("rename") ? -1
+                         : static_cast<int>(
+                               ::syscall(SYS_renameat2, AT_FDCWD, old_name, AT_FDCWD, new_name, 0));
 }
 ssize_t getrandom(void* to, std::size_t bytes, unsigned flags) {
   return fails("getrandom") ? -1 : ::syscall(SYS_getrandom, to, bytes, flags);
@@ -302,6 +322,84 @@ TEST_CASE("faults: a file system that cannot flush folders will do", "[io][fault
   CHECK(files.save().has_value());
   CHECK(faults.failed == "fsync");
   CHECK(content(files.path) == files.after);
+}
+
+namespace {
+
+std::set<std::string> names_in(const std::string& folder) {
+  std::set<std::string> names;
+  if (!fs::exists(folder)) return names;
+  for (const auto& entry : fs::directory_iterator(folder)) names.insert(entry.path().filename());
+  return names;
+}
+
+/// A folder with the files "old" and "card", to be replaced by one with the file "new".
+struct FolderReplacement {
+  TemporaryFolder folder;
+  std::string target = folder.path() + "/kept", message;
+
+  FolderReplacement() {
+    fs::create_directory(target);
+    folder.write("kept/old", "old");
+    folder.write("kept/card", "card");
+  }
+  /// Replaces "old" while the faults act; one word on what is there then.
+  std::string commit(SystemFaults& faults) {
+    SystemFaults::active = nullptr;
+    try {
+      mole::io::NewFolder made(target, true);
+      std::ofstream(made.path() + "/new") << "new";
+      SystemFaults::active = &faults;
+      made.commit({"old"});
+    } catch (const mole::Error& error) {
+      message = error.what();
+    }
+    SystemFaults::active = nullptr;
+    return outcome();
+  }
+
+ private:
+  std::string outcome() const {
+    using Names = std::set<std::string>;
+    std::string hidden;
+    for (const std::string& name : names_in(folder.path())) {
+      if (name != "kept") hidden.append(folder.path()).append("/").append(name);
+    }
+    const Names found = names_in(target), rest = names_in(hidden), before = {"card", "old"};
+    if (hidden.empty()) {
+      if (found == before && !message.empty()) return "untouched";
+      return found == Names{"card", "new"} && message.empty() ? "replaced" : "lost";
+    }
+    const std::string shown = hidden.substr(folder.path().size()) + ":";
+    if (message.find(shown) == std::string::npos) return "lost";
+    if (found == Names{"new"} && rest == Names{"card"}) return "rest-aside";
+    return !fs::exists(target) && rest == before ? "all-aside" : "lost";
+  }
+};
+
+}  // namespace
+
+TEST_CASE("faults: whichever rename fails, no file of a replaced folder is lost", "[io][faults]") {
+  const bool for_ever = GENERATE(false, true);
+  std::string outcomes;
+  for (long n = 1; n <= 5; ++n) {
+    FolderReplacement folders;
+    SystemFaults faults(EIO, n, for_ever);
+    faults.only = "rename";
+    faults.no_exchange = true;
+    outcomes += " " + folders.commit(faults);
+  }
+  // The old folder aside, the new one into place, the old one to its other name, its card along.
+  CHECK(outcomes == (for_ever ? " untouched all-aside rest-aside rest-aside replaced"
+                              : " untouched untouched replaced rest-aside replaced"));
+}
+
+TEST_CASE("faults: an exchange that fails leaves the old folder", "[io][faults]") {
+  FolderReplacement folders;
+  SystemFaults faults(EIO, 1);
+  faults.only = "rename";
+  CHECK(folders.commit(faults) == "untouched");
+  CHECK(faults.failed == "renameat2");
 }
 
 namespace {

@@ -2,6 +2,7 @@
 #include "mole/io/peft_writer.hpp"
 
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <cmath>
 #include <filesystem>
@@ -316,6 +317,72 @@ TEST_CASE("peft writer: what is not committed was never there", "[io]") {
   }
   CHECK(entries_of(folder.path()) == std::set<std::string>{"kept"});
   CHECK(entries_of(target) == std::set<std::string>{"old"});
+}
+
+TEST_CASE("peft writer: an empty folder keeps its permissions and its owner", "[io]") {
+  const TemporaryFolder folder;
+  const std::string target = folder.path() + "/private";
+  fs::create_directory(target);
+  ::chmod(target.c_str(), 0700);
+  const bool is_given = ::chown(target.c_str(), 12345, 12346) == 0;  // only root can
+  save_peft<float>(target, Layers<float>().list);
+  struct stat status {};
+  REQUIRE(::stat(target.c_str(), &status) == 0);
+  CHECK((status.st_mode & 07777u) == 0700);
+  CHECK(status.st_uid == (is_given ? 12345 : ::geteuid()));
+  if (is_given) CHECK(status.st_gid == 12346);
+}
+
+TEST_CASE("peft writer: the current directory is not replaced under the process", "[io]") {
+  const TemporaryFolder folder;
+  const fs::path before = fs::current_path();
+  const Layers<float> layers;
+  PeftSaveOptions options;
+  options.overwrite = true;
+  fs::current_path(folder.path());
+  const auto all_refused = [&] {
+    for (const std::string& name : {std::string("."), folder.path(), folder.path() + "/none/.."}) {
+      refused(Errc::state_error, {fs::path(folder.path()).filename(), "current directory"},
+              [&] { save_peft<float>(name, layers.list, options); });
+    }
+  };
+  all_refused();
+  folder.write("card", "a card");
+  all_refused();
+  save_peft<float>("below", layers.list, options);
+  save_peft<float>("below", layers.list, options);
+  CHECK(fs::exists("below/adapter_config.json"));
+  CHECK(entries_of(".") == std::set<std::string>{"below", "card"});
+  fs::current_path(before);
+}
+
+TEST_CASE("peft writer: a folder may have the longest of names", "[io]") {
+  const TemporaryFolder folder;
+  const std::string name(255, 'n');
+  const Layers<float> layers;
+  PeftSaveOptions options;
+  options.overwrite = true;
+  for (int round = 0; round < 2; ++round) {
+    save_peft<float>(folder.path() + "/" + name, layers.list, options);
+    CHECK(entries_of(folder.path()) == std::set<std::string>{name});
+  }
+}
+
+TEST_CASE("peft writer: a file that moves along overwrites no new one", "[io]") {
+  const TemporaryFolder folder;
+  const std::string target = folder.path() + "/kept";
+  fs::create_directory(target);
+  folder.write("kept/card", "old card");
+  folder.write("kept/other", "other");
+  {
+    mole::io::NewFolder made(target, true);
+    std::ofstream(made.path() + "/card") << "new card";
+    refused(Errc::io_error, {"/kept: is written", made.path(), "File exists"},
+            [&] { made.commit({}); });
+    CHECK(text_of(made.path() + "/card") == "old card");
+  }
+  CHECK(text_of(target + "/card") == "new card");
+  CHECK(text_of(target + "/other") == "other");
 }
 
 TEST_CASE("peft writer: a partial load is written as what it is", "[io]") {

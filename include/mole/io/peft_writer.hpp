@@ -47,12 +47,14 @@ struct PeftSaveOptions {
 ///
 /// The folder is complete or untouched: everything is written to a new folder beside it, flushed,
 /// checked by reading the settings back, and renamed. A folder that is replaced is exchanged in one
-/// step where the file system can; elsewhere there is a moment without one.
+/// step where the file system can; elsewhere there is a moment without one. Its other files follow
+/// one by one: a process that is killed then leaves the rest in a hidden folder beside it,
+/// `.NAME.new-…`. A mount point cannot be exchanged, nor can the current directory.
 ///
 /// Throws invalid_argument (no layers, a path that is empty, not UTF-8 or given twice, a scale that
 /// cannot be written, some biases missing), shape_mismatch, numeric_error (a weight that is not
 /// finite), unsupported (another kind of layer), state_error (the folder is not empty: option
-/// overwrite), io_error.
+/// overwrite; the current directory), io_error.
 template <class T>
 void save_peft(const std::string& folder,
                std::type_identity_t<std::span<const LoraWeights<T>>> layers,
