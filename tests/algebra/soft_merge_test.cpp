@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "mole/algebra/soft_merge.hpp"
 
+#include <algorithm>
+#include <cmath>
+#include <limits>
 #include <vector>
 
 #include "support/catch.hpp"
@@ -43,10 +46,45 @@ struct Merged {
   mole::MergedExpert<double> views() { return {down, up, bias}; }
 };
 
+void fill(Matrix<double>& m, double value) {
+  for (Index r = 0; r < m.rows(); ++r) std::ranges::fill(m.view().row(r), value);
+}
+
+bool is_full_of(const Matrix<double>& m, double value) {
+  for (Index r = 0; r < m.rows(); ++r) {
+    const auto row = m.view().row(r);
+    if (std::ranges::count(row, value) != std::ssize(row)) return false;
+  }
+  return true;
+}
+
 Merged merge(Example& example) {
   Merged merged;
   mole::soft_merge<double>(example.gate, example.params(), example.scale, merged.views());
   return merged;
+}
+
+/// That backward refuses these parameters after `edit`, and writes nothing.
+template <class Edit>
+void check_backward_refuses(mole::Errc code, Edit edit) {
+  const Merged incoming;
+  Example example, memory;
+  for (Matrix<double>* m : {&memory.down, &memory.up, &memory.bias}) fill(*m, 8);
+  std::vector<double> dgate(kExperts, 8.0);
+  mole::LoraBankParams<double> experts = example.params(), grad = memory.params();
+  edit(experts, grad);
+  try {
+    mole::soft_merge_backward<double>(example.gate, experts, example.scale,
+                                      {incoming.down, incoming.up, incoming.bias}, dgate, grad);
+    FAIL_CHECK("accepted");
+  } catch (const mole::Error& error) {
+    INFO(error.what());
+    CHECK(error.code() == code);
+  }
+  CHECK(is_full_of(memory.down, 8));
+  CHECK(is_full_of(memory.up, 8));
+  CHECK(is_full_of(memory.bias, 8));
+  CHECK(dgate == std::vector<double>(kExperts, 8.0));
 }
 
 }  // namespace
@@ -93,9 +131,7 @@ TEST_CASE("The gradients of a soft merge are its derivatives, and are added", "[
            test::weighted_sum(dbias, merged.bias);
   };
   Example grad;
-  for (Matrix<double>* m : {&grad.down, &grad.up, &grad.bias}) {
-    for (Index r = 0; r < m->rows(); ++r) std::ranges::fill(m->view().row(r), 8.0);
-  }
+  for (Matrix<double>* m : {&grad.down, &grad.up, &grad.bias}) fill(*m, 8);
   std::vector<double> dgate(kExperts, 8.0);
   mole::soft_merge_backward<double>(example.gate, example.params(), example.scale,
                                     {ddown, dup, dbias}, dgate, grad.params());
@@ -126,4 +162,77 @@ TEST_CASE("A soft merge refuses experts of different ranks and wrong shapes", "[
   CHECK_THROWS_AS(
       mole::soft_merge<double>(example.gate, example.params(), example.scale, merged.views()),
       mole::Error);
+}
+
+TEST_CASE("A soft merge refuses lists that are too short and matrices without memory",
+          "[algebra]") {
+  for (const bool is_short : {false, true}) {
+    for (const int list : {0, 1, 2}) {
+      Example example;
+      std::vector<double*>& pointers = list == 0   ? example.downs
+                                       : list == 1 ? example.ups
+                                                   : example.biases;
+      if (is_short) {
+        pointers.pop_back();
+      } else {
+        pointers.back() = nullptr;
+      }
+      Merged merged;
+      fill(merged.down, 3);
+      try {
+        mole::soft_merge<double>(example.gate, example.params(), example.scale, merged.views());
+        FAIL_CHECK("accepted");
+      } catch (const mole::Error& error) {
+        INFO(error.what());
+        CHECK(error.code() ==
+              (is_short ? mole::Errc::shape_mismatch : mole::Errc::invalid_argument));
+      }
+      CHECK(is_full_of(merged.down, 3));
+    }
+  }
+}
+
+TEST_CASE("The gradients of a soft merge must have the shapes of the experts", "[algebra]") {
+  using mole::Errc;
+  using Params = mole::LoraBankParams<double>;
+  const std::vector<Index> low = {kRank, kRank, kRank - 1};
+  check_backward_refuses(Errc::shape_mismatch, [&](Params&, Params& grad) { grad.rank = low; });
+  check_backward_refuses(Errc::shape_mismatch, [](Params&, Params& grad) { --grad.in; });
+  check_backward_refuses(Errc::shape_mismatch, [](Params&, Params& grad) { --grad.out; });
+  check_backward_refuses(Errc::invalid_argument,
+                         [](Params&, Params& grad) { grad.down_stride = kIn - 1; });
+  check_backward_refuses(Errc::invalid_argument,
+                         [](Params&, Params& grad) { grad.up_stride = kRank - 1; });
+  check_backward_refuses(Errc::shape_mismatch,
+                         [](Params& experts, Params&) { experts.up = experts.up.first(2); });
+}
+
+TEST_CASE("The gate 0 keeps an expert's NaN out of a soft merge and its gradients", "[algebra]") {
+  constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  Example example;
+  example.gate[1] = 0;
+  const Merged clean = merge(example);
+  for (Index i = 0; i < kIn; ++i) example.down(kRank, i) = kNaN;
+  example.up(kOut, 0) = example.bias(1, 0) = kInfinity;
+  const Merged merged = merge(example);
+  CHECK(test::bit_difference(merged.down, clean.down) == "");
+  CHECK(test::bit_difference(merged.up, clean.up) == "");
+  CHECK(test::bit_difference(merged.bias, clean.bias) == "");
+
+  Merged incoming;
+  fill(incoming.down, kInfinity);
+  fill(incoming.up, 1);
+  fill(incoming.bias, kNaN);
+  Example sound, grad;
+  sound.gate[1] = 0;
+  for (Matrix<double>* m : {&grad.down, &grad.up, &grad.bias}) fill(*m, 8);
+  std::vector<double> dgate(kExperts, 0.0);
+  mole::soft_merge_backward<double>(sound.gate, sound.params(), sound.scale,
+                                    {incoming.down, incoming.up, incoming.bias}, dgate,
+                                    grad.params());
+  for (Index i = 0; i < kIn; ++i) CHECK(grad.down(kRank, i) == 8);
+  CHECK(grad.bias(1, 2) == 8);
+  CHECK(std::isinf(grad.down(0, 0)));
+  CHECK_FALSE(std::isfinite(dgate[1]));  // the derivative of the gate itself is what it is
 }

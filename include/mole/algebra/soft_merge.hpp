@@ -5,6 +5,8 @@
 //
 //   A_e = down [rank, in]   B_e = up [out, rank]   β_e = bias [1, out], all of one rank
 //
+// An expert with the gate 0 does not touch the sums, whatever its parameters hold.
+//
 // The merged expert costs as much as one, for a whole sequence with the gates of that sequence. It
 // is another function than the routed sum of outputs: B A has the products B_i A_j of different
 // experts in it. To average the updates B_e A_e themselves, route with the same gates.
@@ -13,15 +15,16 @@
 // tasks, the soft merging of "MoV / MoLORA", Zadouri et al., 2023, on LoRA.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <span>
+#include <string_view>
 #include <type_traits>
 
 #include "mole/core/config.hpp"
 #include "mole/core/error.hpp"
 #include "mole/core/view.hpp"
 #include "mole/experts/lora_bank.hpp"
+#include "mole/kernels/rows.hpp"
 
 namespace mole::inline MOLE_ABI {
 
@@ -48,17 +51,28 @@ void check_soft_merge(std::size_t gates, std::size_t scales, const LoraBankParam
     require(experts.rank[e] == rank, Errc::shape_mismatch, "experts: expected the rank ", rank,
             " of the first one, expert ", e, " has ", experts.rank[e]);
   }
+  const Index biases = experts.bias.empty() ? 0 : 1, bias_width = biases * experts.out;
+  for (Index e = 0; e < static_cast<Index>(experts.rank.size()); ++e) {
+    require_shape("experts.down", experts.down_of(e), rank, experts.in);
+    require_shape("experts.up", experts.up_of(e), experts.out, rank);
+    require_shape("experts.bias", experts.bias_of(e), biases, bias_width);
+  }
   require_shape("down", merged.down, rank, experts.in);
   require_shape("up", merged.up, experts.out, rank);
-  require_shape("bias", merged.bias, experts.bias.empty() ? 0 : 1,
-                experts.bias.empty() ? 0 : experts.out);
+  require_shape("bias", merged.bias, biases, bias_width);
 }
 
-/// sum += factor · value.
-template <class T, class V>
-void add_scaled(T factor, MatView<V> value, MatView<T> sum) {
-  for (Index r = 0; r < value.rows; ++r) {
-    for (Index c = 0; c < value.cols; ++c) sum(r, c) = std::fma(factor, value(r, c), sum(r, c));
+/// Gradients of the experts, each where it has memory.
+template <class T>
+void check_soft_merge_gradient(const LoraBankParams<T>& grad, Index experts,
+                               const MergedExpert<const T>& like) {
+  const auto check = [](std::string_view name, MatView<T> found, MatView<const T> wanted) {
+    if (found.data != nullptr) require_shape(name, found, wanted.rows, wanted.cols);
+  };
+  for (Index e = 0; e < experts; ++e) {
+    check("grad.down", grad.down_of(e), like.down);
+    check("grad.up", grad.up_of(e), like.up);
+    check("grad.bias", grad.bias_of(e), like.bias);
   }
 }
 
@@ -76,25 +90,25 @@ double inner_product(MatView<V> a, MatView<W> b) {
 }  // namespace detail
 
 /// Writes `merged`; every element is one chain over the experts, ascending. gates, scale
-/// [experts]. Throws shape_mismatch or invalid_argument.
+/// [experts]. Throws shape_mismatch or invalid_argument, before any write.
 template <class T>
 void soft_merge(std::span<const T> gates, const LoraBankParams<const T>& experts,
                 std::type_identity_t<std::span<const T>> scale, const MergedExpert<T>& merged) {
   detail::check_soft_merge(gates.size(), scale.size(), experts, merged);
-  for (const MatView<T> view : {merged.down, merged.up, merged.bias}) {
-    for (Index r = 0; r < view.rows; ++r) std::ranges::fill(view.row(r), T(0));
-  }
+  for (const MatView<T> view : {merged.down, merged.up, merged.bias}) rows::fill(view, 0);
   for (std::size_t e = 0; e < gates.size(); ++e) {
+    if (gates[e] == T(0)) continue;
     const auto i = static_cast<Index>(e);
     const T scaled = gates[e] * scale[e];
-    detail::add_scaled<T>(gates[e], experts.down_of(i), merged.down);
-    detail::add_scaled<T>(scaled, experts.up_of(i), merged.up);
-    if (!experts.bias.empty()) detail::add_scaled<T>(scaled, experts.bias_of(i), merged.bias);
+    rows::add<T>(gates[e], experts.down_of(i), merged.down);
+    rows::add<T>(scaled, experts.up_of(i), merged.up);
+    rows::add<T>(scaled, experts.bias_of(i), merged.bias);
   }
 }
 
 /// Adds the gradients that arrive by the merged expert: into dgates [experts] or empty, and into
-/// grad where it has memory. Throws as soft_merge does.
+/// grad, of the experts' shapes, where it has memory; the gate 0 gives its expert no gradient, but
+/// has one itself. Throws as soft_merge does.
 template <class T>
 void soft_merge_backward(std::span<const T> gates, const LoraBankParams<const T>& experts,
                          std::type_identity_t<std::span<const T>> scale,
@@ -103,17 +117,17 @@ void soft_merge_backward(std::span<const T> gates, const LoraBankParams<const T>
   detail::check_soft_merge(gates.size(), scale.size(), experts, d_merged);
   require(dgates.empty() || dgates.size() == gates.size(), Errc::shape_mismatch,
           "dgates: expected ", gates.size(), " values, got ", dgates.size());
+  detail::check_soft_merge_gradient(grad, static_cast<Index>(gates.size()), d_merged);
+  const auto add = [](T factor, MatView<const T> from, MatView<T> to) {
+    if (to.data != nullptr) rows::add<T>(factor, from, to);
+  };
   for (std::size_t e = 0; e < gates.size(); ++e) {
     const auto i = static_cast<Index>(e);
     const T scaled = gates[e] * scale[e];
-    if (grad.down_of(i).data != nullptr) {
-      detail::add_scaled<T>(gates[e], d_merged.down, grad.down_of(i));
-    }
-    if (grad.up_of(i).data != nullptr) {
-      detail::add_scaled<T>(scaled, d_merged.up, grad.up_of(i));
-    }
-    if (grad.bias_of(i).data != nullptr) {
-      detail::add_scaled<T>(scaled, d_merged.bias, grad.bias_of(i));
+    if (gates[e] != T(0)) {
+      add(gates[e], d_merged.down, grad.down_of(i));
+      add(scaled, d_merged.up, grad.up_of(i));
+      add(scaled, d_merged.bias, grad.bias_of(i));
     }
     if (dgates.empty()) continue;
     double behind_scale = detail::inner_product(experts.up_of(i), d_merged.up);
