@@ -3,11 +3,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <set>
 #include <vector>
 
 #include "support/alloc_counter.hpp"
 #include "support/catch.hpp"
+#include "support/compare.hpp"
 #include "support/matrix.hpp"
 
 namespace {
@@ -117,6 +119,43 @@ TEST_CASE("A fit allocates nothing and gives its scratch back", "[algebra]") {
   CHECK(example.scratch.free_bytes() == room);
 }
 
+TEST_CASE("A fit says how much scratch it needs, and writes nothing without it", "[algebra]") {
+  const std::size_t bytes = mole::fit_router_bytes(12, 2, 3);
+  Example enough;
+  enough.block = mole::Buffer(bytes);
+  enough.scratch = mole::Workspace(enough.block.span());
+  CHECK(enough.fit().updated);
+  Example small;
+  small.scratch = mole::Workspace(small.block.span().first(bytes - 2 * mole::kAlignment));
+  const Example before;
+  small.cluster.assign(12, 7);
+  try {
+    small.fit();
+    FAIL_CHECK("accepted");
+  } catch (const mole::Error& error) {
+    CHECK(error.code() == mole::Errc::out_of_memory);
+  }
+  CHECK(test::bit_difference(small.centres, before.centres) == "");
+  CHECK(test::bit_difference(small.weight, before.weight) == "");
+  CHECK(test::bit_difference(small.loss, before.loss) == "");
+  CHECK(small.cluster == std::vector<std::int32_t>(12, 7));
+}
+
+TEST_CASE("An expert whose losses diverged gets what the others leave", "[algebra]") {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+  for (const double diverged : {kInfinity, kNaN}) {
+    CAPTURE(diverged);
+    Example example;
+    for (Index t = 0; t < 12; ++t) example.losses(t, 0) = diverged;
+    example.losses(0, 1) = diverged;  // once is not the median
+    CHECK(example.fit().updated);
+    CHECK(example.expert == std::vector<std::int32_t>{1, 2, 0});
+    CHECK(example.loss(0, 0) == kInfinity);
+    CHECK(example.loss(0, 1) == Catch::Approx(0.1));
+  }
+}
+
 TEST_CASE("Without convergence or with an empty cluster the router stays", "[algebra]") {
   Example late;
   CHECK_FALSE(late.fit({.max_iterations = 1}).updated);
@@ -139,4 +178,17 @@ TEST_CASE("A fit refuses what does not fit", "[algebra]") {
   Example wide;
   wide.centres = Matrix<double>(3, 3);
   CHECK_THROWS_AS(wide.fit(), mole::Error);
+  Example none;
+  none.centres = none.weight = Matrix<double>(0, 2);
+  none.losses = none.target = Matrix<double>(12, 0);
+  none.bias = Matrix<double>(1, 0);
+  none.loss = Matrix<double>(0, 0);
+  none.expert.clear();
+  try {
+    none.fit();
+    FAIL_CHECK("accepted");
+  } catch (const mole::Error& error) {
+    INFO(error.what());
+    CHECK(error.code() == mole::Errc::invalid_argument);
+  }
 }

@@ -17,16 +17,11 @@
 #include "mole/core/context.hpp"
 #include "mole/core/view.hpp"
 #include "mole/core/workspace.hpp"
+#include "mole/kernels/gated_low_rank.hpp"
 
 namespace mole::inline MOLE_ABI {
 
 namespace detail {
-
-inline double dot(std::span<const double> a, std::span<const double> b) noexcept {
-  double sum = 0;
-  for (std::size_t i = 0; i < a.size(); ++i) sum = std::fma(a[i], b[i], sum);
-  return sum;
-}
 
 /// (a, b) <- (c a - s b, s a + c b)
 inline void rotate(std::span<double> a, std::span<double> b, double c, double s) noexcept {
@@ -46,9 +41,9 @@ inline void orthogonalise(MatView<double> columns, MatView<double> turns) noexce
     moved = false;
     for (Index p = 0; p < columns.rows; ++p) {
       for (Index q = p + 1; q < columns.rows; ++q) {
-        const double pp = dot(columns.row(p), columns.row(p));
-        const double qq = dot(columns.row(q), columns.row(q));
-        const double pq = dot(columns.row(p), columns.row(q));
+        const double pp = gated::dot<double>(columns.row(p), columns.row(p));
+        const double qq = gated::dot<double>(columns.row(q), columns.row(q));
+        const double pq = gated::dot<double>(columns.row(p), columns.row(q));
         if (pq == 0 || std::abs(pq) <= kSmall * std::sqrt(pp) * std::sqrt(qq)) continue;
         moved = true;
         const double zeta = (qq - pp) / (2 * pq);
@@ -62,37 +57,42 @@ inline void orthogonalise(MatView<double> columns, MatView<double> turns) noexce
   }
 }
 
-}  // namespace detail
-
-/// x is read by columns, as rows of `columns` [cols, rows], and overwritten. Writes w. Throws
-/// shape_mismatch.
+/// As below; turns [cols, cols] is overwritten too.
 inline void least_squares(MatView<double> columns, MatView<const double> y, MatView<double> w,
-                          const Context& context) {
-  const Index cols = columns.rows, rows = columns.cols, outputs = y.cols;
-  require_shape("y", y, rows, outputs);
-  require_shape("w", w, cols, outputs);
-  const Workspace::Frame frame(context.scratch);
-  const MatView<double> turns = context.scratch.take<double>(cols, cols);
+                          MatView<double> turns) noexcept {
+  const Index cols = columns.rows, rows = columns.cols;
   for (Index i = 0; i < cols; ++i) {
     for (Index j = 0; j < cols; ++j) turns(i, j) = i == j ? 1 : 0;
     std::ranges::fill(w.row(i), 0.0);
   }
-  detail::orthogonalise(columns, turns);
+  orthogonalise(columns, turns);
   double largest = 0;
   for (Index j = 0; j < cols; ++j) {
-    largest = std::max(largest, std::sqrt(detail::dot(columns.row(j), columns.row(j))));
+    largest = std::max(largest, std::sqrt(gated::dot<double>(columns.row(j), columns.row(j))));
   }
   const double cut =
       std::numeric_limits<double>::epsilon() * static_cast<double>(std::max(rows, cols)) * largest;
   for (Index j = 0; j < cols; ++j) {
-    const double square = detail::dot(columns.row(j), columns.row(j));
+    const double square = gated::dot<double>(columns.row(j), columns.row(j));
     if (!(std::sqrt(square) > cut)) continue;
-    for (Index o = 0; o < outputs; ++o) {
+    for (Index o = 0; o < y.cols; ++o) {
       double along = 0;
       for (Index r = 0; r < rows; ++r) along = std::fma(columns(j, r), y(r, o), along);
       for (Index i = 0; i < cols; ++i) w(i, o) = std::fma(turns(j, i), along / square, w(i, o));
     }
   }
+}
+
+}  // namespace detail
+
+/// x is read by columns, as rows of `columns` [cols, rows], and overwritten. Writes w. Takes
+/// [cols, cols] numbers of scratch. Throws shape_mismatch, out_of_memory.
+inline void least_squares(MatView<double> columns, MatView<const double> y, MatView<double> w,
+                          const Context& context) {
+  require_shape("y", y, columns.cols, y.cols);
+  require_shape("w", w, columns.rows, y.cols);
+  const Workspace::Frame frame(context.scratch);
+  detail::least_squares(columns, y, w, context.scratch.take<double>(columns.rows, columns.rows));
 }
 
 }  // namespace mole::inline MOLE_ABI

@@ -5,9 +5,9 @@
 //   1  k-means of the contexts with one centre an expert: nearest by mean |·|, ties to the lower
 //      centre, at most max_iterations; it has converged once no centre moves by more than
 //      tolerance_abs + tolerance_rel · |the old one|
-//   2  L_je = median over the members of cluster j of the loss of expert e
-//   3  clusters in order: each takes the expert with the smallest L_je that is left
-//   4  [W, b] = argmin ‖[ξ + noise, 1] [W, b]ᵀ - Y‖, Y one-hot of the expert, the shortest solution
+//   2  L_je = median over the members of cluster j of the loss of expert e; a NaN counts as
+//   infinite 3  clusters in order: each takes the expert with the smallest L_je that is left 4  [W,
+//   b] = argmin ‖[ξ + noise, 1] [W, b]ᵀ - Y‖, Y one-hot of the expert, the shortest solution
 //
 // A cluster without members, convergence in the last iteration and none at all fit nothing: the
 // router stays, and the centres are 0, to be drawn anew. The members are those by the centres
@@ -59,8 +59,12 @@ struct RouterFitResult {
   Index iterations = 0;  ///< begun
 };
 
+/// Scratch of a fit of so many environments, entries of a context and experts.
+inline std::size_t fit_router_bytes(Index environments, Index width, Index experts) noexcept;
+
 /// centres [experts, c] are read and written; the router's weight [experts, c] and bias, if it has
-/// one, are written if there is an update. Throws shape_mismatch.
+/// one, are written if there is an update. Throws shape_mismatch; invalid_argument without experts;
+/// out_of_memory. Then nothing has been written.
 template <class T>
 RouterFitResult fit_router(const RouterFit& how, const RouterFitInput<T>& input, MatView<T> centres,
                            const LinearParams<T>& router, const RouterFitDetails<T>& details,
@@ -68,16 +72,39 @@ RouterFitResult fit_router(const RouterFit& how, const RouterFitInput<T>& input,
 
 namespace detail {
 
+/// All memory of a fit. cols: the context's entries, and 1 of a bias.
+struct RouterFitScratch {
+  MatView<double> centre, next;  // [experts, width]
+  std::span<double> size;        // [experts]
+  std::span<double> losses;      // [n], of one expert on one cluster
+  MatView<double> x, y, w;       // [cols, n], [n, experts], [cols, experts]: x w = y
+  MatView<double> turns;         // [cols, cols]
+
+  template <class Arena>
+  static RouterFitScratch take(Arena& arena, Index count, Index width, Index experts, Index cols) {
+    RouterFitScratch scratch;
+    scratch.centre = arena.template take<double>(experts, width);
+    scratch.next = arena.template take<double>(experts, width);
+    scratch.size = arena.template take<double>(experts);
+    scratch.losses = arena.template take<double>(count);
+    scratch.x = arena.template take<double>(cols, count);
+    scratch.y = arena.template take<double>(count, experts);
+    scratch.w = arena.template take<double>(cols, experts);
+    scratch.turns = arena.template take<double>(cols, cols);
+    return scratch;
+  }
+};
+
 template <class T>
 class Clusters {
  public:
-  Clusters(MatView<const T> contexts, MatView<T> centres, std::span<std::int32_t> of,
-           const Context& context)
+  Clusters(MatView<const T> contexts, MatView<const T> centres, std::span<std::int32_t> of,
+           const RouterFitScratch& scratch) noexcept
       : contexts_(contexts),
         of_(of),
-        centre_(context.scratch.take<double>(centres.rows, centres.cols)),
-        next_(context.scratch.take<double>(centres.rows, centres.cols)),
-        size_(context.scratch.take<double>(centres.rows)) {
+        centre_(scratch.centre),
+        next_(scratch.next),
+        size_(scratch.size) {
     for (Index e = 0; e < centres.rows; ++e)
       std::ranges::copy(centres.row(e), centre_.row(e).begin());
   }
@@ -141,16 +168,19 @@ class Clusters {
 /// Median losses of every expert on every cluster. `work` [n].
 template <class T>
 void cluster_losses(MatView<const T> losses, std::span<const std::int32_t> cluster, MatView<T> loss,
-                    std::span<T> work) noexcept {
+                    std::span<double> work) noexcept {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
   for (Index j = 0; j < loss.rows; ++j) {
     for (Index e = 0; e < loss.cols; ++e) {
       std::size_t count = 0;
       for (std::size_t t = 0; t < cluster.size(); ++t) {
-        if (cluster[t] == j) work[count++] = losses(static_cast<Index>(t), e);
+        if (cluster[t] != j) continue;
+        const auto value = static_cast<double>(losses(static_cast<Index>(t), e));
+        work[count++] = std::isnan(value) ? kInfinity : value;
       }
       std::sort(work.begin(), work.begin() + static_cast<std::ptrdiff_t>(count));
-      const T low = work[(count - 1) / 2], high = work[count / 2];
-      loss(j, e) = low + (high - low) / T(2);
+      const T low = static_cast<T>(work[(count - 1) / 2]), high = static_cast<T>(work[count / 2]);
+      loss(j, e) = std::isinf(low) ? low : low + (high - low) / T(2);
     }
   }
 }
@@ -172,22 +202,18 @@ void match_clusters(MatView<const T> loss, std::span<std::int32_t> expert) noexc
 
 template <class T>
 void fit_head(const RouterFit& how, const RouterFitInput<T>& input, MatView<const T> target,
-              const LinearParams<T>& router, const Context& context) {
-  const Index count = input.contexts.rows, width = input.contexts.cols, experts = target.cols;
-  const Index cols = width + (router.bias.data != nullptr ? 1 : 0);
-  const Workspace::Frame frame(context.scratch);
-  const MatView<double> x = context.scratch.take<double>(cols, count);
-  const MatView<double> y = context.scratch.take<double>(count, experts);
-  const MatView<double> w = context.scratch.take<double>(cols, experts);
-  for (Index t = 0; t < count; ++t) {
+              const LinearParams<T>& router, const RouterFitScratch& scratch) noexcept {
+  const MatView<double>&x = scratch.x, &w = scratch.w;
+  const Index cols = x.rows, width = input.contexts.cols;
+  for (Index t = 0; t < x.cols; ++t) {
     for (Index i = 0; i < cols; ++i) {
       const double noise = input.noise.data != nullptr && i < width ? input.noise(t, i) : T(0);
       x(i, t) = i < width ? std::fma(how.noise_level, noise, double(input.contexts(t, i))) : 1;
     }
-    std::ranges::copy(target.row(t), y.row(t).begin());
+    std::ranges::copy(target.row(t), scratch.y.row(t).begin());
   }
-  least_squares(x, y, w, context);
-  for (Index e = 0; e < experts; ++e) {
+  least_squares(x, scratch.y, w, scratch.turns);
+  for (Index e = 0; e < w.cols; ++e) {
     for (Index i = 0; i < width; ++i) router.weight(e, i) = static_cast<T>(w(i, e));
     if (cols > width) router.bias(0, e) = static_cast<T>(w(width, e));
   }
@@ -197,6 +223,7 @@ template <class T>
 void check_fit(const RouterFitInput<T>& input, MatView<T> centres, const LinearParams<T>& router,
                const RouterFitDetails<T>& details) {
   const Index count = input.contexts.rows, width = input.contexts.cols, experts = centres.rows;
+  require(experts >= 1, Errc::invalid_argument, "centres: expected at least one, got ", experts);
   require_shape("contexts", input.contexts, count, width);
   require_shape("losses", input.losses, count, experts);
   if (input.noise.data != nullptr) require_shape("noise", input.noise, count, width);
@@ -213,14 +240,22 @@ void check_fit(const RouterFitInput<T>& input, MatView<T> centres, const LinearP
 
 }  // namespace detail
 
+inline std::size_t fit_router_bytes(Index environments, Index width, Index experts) noexcept {
+  ByteCounter counter;
+  detail::RouterFitScratch::take(counter, environments, width, experts, width + 1);
+  return counter.bytes();
+}
+
 template <class T>
 RouterFitResult fit_router(const RouterFit& how, const RouterFitInput<T>& input, MatView<T> centres,
                            const LinearParams<T>& router, const RouterFitDetails<T>& details,
                            const Context& context) {
   detail::check_fit(input, centres, router, details);
   const Workspace::Frame frame(context.scratch);
-  detail::Clusters<T> clusters(input.contexts, centres, details.cluster, context);
-  const auto work = context.scratch.template take<T>(input.contexts.rows);
+  const Index width = input.contexts.cols, cols = width + (router.bias.data != nullptr ? 1 : 0);
+  const auto scratch = detail::RouterFitScratch::take(context.scratch, input.contexts.rows, width,
+                                                      centres.rows, cols);
+  detail::Clusters<T> clusters(input.contexts, centres, details.cluster, scratch);
   RouterFitResult result;
   result.updated = clusters.run(how, result.iterations);
   for (Index e = 0; e < centres.rows; ++e) {
@@ -235,12 +270,12 @@ RouterFitResult fit_router(const RouterFit& how, const RouterFitInput<T>& input,
     std::ranges::fill(details.cluster, -1);
     return result;
   }
-  detail::cluster_losses<T>(input.losses, details.cluster, details.loss, work);
+  detail::cluster_losses<T>(input.losses, details.cluster, details.loss, scratch.losses);
   detail::match_clusters<T>(details.loss, details.expert);
   for (Index t = 0; t < input.contexts.rows; ++t) {
     details.target(t, details.expert[details.cluster[t]]) = T(1);
   }
-  detail::fit_head<T>(how, input, details.target, router, context);
+  detail::fit_head<T>(how, input, details.target, router, scratch);
   return result;
 }
 
