@@ -4,6 +4,8 @@
 #include <fmt/format.h>
 
 #include <cmath>
+#include <iterator>
+#include <type_traits>
 
 #include "io/json.hpp"
 
@@ -60,13 +62,17 @@ std::size_t RoutingReport::first_entry(const std::string& layer, Index experts) 
   for (std::size_t i = 0; i < entries_.size(); i += 1 + label_names_.size()) {
     if (entries_[i].layer == layer) return i;
   }
-  std::vector<Entry> next = entries_;  // all of a layer's entries, or none
-  next.push_back({layer, "", RoutingStats(experts)});
+  std::vector<Entry> added;  // all of a layer's entries, or none
+  added.reserve(1 + label_names_.size());
+  added.push_back({layer, "", RoutingStats(experts)});
   for (const std::string& label : label_names_) {
-    next.push_back({layer, label, RoutingStats(experts)});
+    added.push_back({layer, label, RoutingStats(experts)});
   }
-  entries_ = std::move(next);
-  return entries_.size() - 1 - label_names_.size();
+  static_assert(std::is_nothrow_move_constructible_v<Entry>);
+  const std::size_t first = entries_.size();
+  entries_.insert(entries_.end(), std::move_iterator(added.begin()),
+                  std::move_iterator(added.end()));
+  return first;
 }
 
 template <class T>

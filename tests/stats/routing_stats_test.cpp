@@ -1,13 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "mole/stats/routing_stats.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <new>
 #include <nlohmann/json.hpp>
+#include <string>
 #include <vector>
 
 #include "mole/core/workspace.hpp"
 #include "mole/stats/routing_report.hpp"
+#include "mole/stats/routing_svg.hpp"
+#include "support/alloc_counter.hpp"
 #include "support/catch.hpp"
 
 using mole::Errc;
@@ -20,7 +25,8 @@ namespace {
 /// A routing of 4 experts with its memory.
 class Table {
  public:
-  Table() : memory_(4096), workspace_(memory_.span()), table_(workspace_, 8, 4, 3) {}
+  explicit Table(Index experts = 4)
+      : memory_(4096), workspace_(memory_.span()), table_(workspace_, 8, experts, 3) {}
 
   mole::Routing<float> of(
       std::vector<std::pair<std::vector<std::int32_t>, std::vector<float>>> rows) {
@@ -111,6 +117,39 @@ TEST_CASE("routing stats: nothing seen, one expert", "[stats]") {
   CHECK(none.load_entropy() == 0);
   CHECK(none.dead().size() == 3);
   CHECK(code_of([] { RoutingStats(0); }) == Errc::invalid_argument);
+  CHECK(RoutingStats(RoutingStats::kMostExperts).together(4095, 4095) == 0);
+  CHECK(code_of([] { RoutingStats(4097); }) == Errc::invalid_argument);
+}
+
+TEST_CASE("routing stats: sums are chains of fused multiply-adds, whatever the user's flags",
+          "[stats]") {
+  const std::vector<std::vector<float>> gates = {
+      {0.3f, 0.2f, 0.1f}, {0.85f, 0.35f, 0.2f}, {0.3f, 0.25f, 0.15f}, {0.9f, 0.15f, 0.05f}};
+  const std::vector<std::vector<std::int32_t>> experts = {
+      {0, 1, 2}, {1, 3, 4}, {0, 1, 3}, {1, 2, 4}};
+  std::vector<std::pair<std::vector<std::int32_t>, std::vector<float>>> rows;
+  double entropy = 0;
+  for (std::size_t t = 0; t < gates.size(); ++t) {
+    rows.emplace_back(experts[t], gates[t]);
+    double total = 0;
+    for (const float gate : gates[t]) total += gate;
+    for (const float gate : gates[t]) {
+      entropy = std::fma(-(gate / total), std::log(gate / total), entropy);
+    }
+  }
+  const double mean = 12.0 / 5;
+  double load_entropy = 0, squares = 0;
+  for (const double count : {2.0, 4.0, 2.0, 2.0, 2.0}) {
+    load_entropy = std::fma(-(count / 12), std::log(count / 12), load_entropy);
+    squares = std::fma(count - mean, count - mean, squares);
+  }
+  Table table(5);
+  RoutingStats stats(5);
+  stats.add(table.of(rows));
+  REQUIRE(stats.slots() == 12);
+  CHECK(stats.gate_entropy() == entropy / 4);
+  CHECK(stats.load_entropy() == load_entropy / std::log(5.0));
+  CHECK(stats.load_cv() == std::sqrt(squares / 5) / mean);
 }
 
 TEST_CASE("routing stats: by label, and the sum of the parts", "[stats]") {
@@ -183,4 +222,72 @@ TEST_CASE("routing report: a gate that is not finite is null in JSON", "[stats]"
   const auto json = nlohmann::json::parse(report.to_json());
   CHECK(json.at("entries")[0].at("mean_gate")[2].is_null());
   CHECK(json.at("entries")[0].at("count")[2] == 1);
+}
+
+TEST_CASE("routing report: a new layer copies no older one, and comes whole or not at all",
+          "[stats]") {
+  Table table;
+  const auto routing = example(table);
+  RoutingReport report({"plain"});
+  std::vector<long> allocations;
+  for (int layer = 0; layer < 40; ++layer) {
+    const std::string name = std::to_string(layer);
+    const long before = test::allocations();
+    report.add(name, routing);
+    allocations.push_back(test::allocations() - before);
+  }
+  if (test::kCountsAllocations) {
+    CHECK(*std::max_element(allocations.begin(), allocations.end()) <= allocations.front());
+  }
+  for (long n = 1; report.entries().size() == 80; ++n) {
+    REQUIRE(n < 20);
+    const test::FailingAllocations failing(n, false);
+    try {
+      report.add("new", routing);
+    } catch (const std::bad_alloc&) {
+    }
+  }
+  CHECK(report.entries().size() == 82);
+  CHECK(report.entries()[79].label == "plain");
+  CHECK(report.entries()[78].stats.tokens() == 4);
+}
+
+namespace {
+
+/// A picture of the example's four tokens.
+std::string picture(Index tokens_per_row, std::vector<std::string> texts = {"a", "b", "c", "d"}) {
+  Table table;
+  const std::vector<std::string> names = {"0", "1", "2", "3"}, titles = {"all"};
+  mole::RoutingSvgOptions options;
+  options.tokens_per_row = tokens_per_row;
+  if (tokens_per_row >= 4) options.row_titles = titles;
+  return mole::routing_svg<float>(example(table), texts, names, options);
+}
+
+}  // namespace
+
+TEST_CASE("routing svg: rows are as wide as they have tokens", "[stats]") {
+  const std::string four = picture(4);
+  CHECK(four.find("width='364' height='224'") != std::string::npos);
+  CHECK(picture(5) == four);
+  CHECK(picture(40'000'000) == four);
+  CHECK(picture(std::numeric_limits<Index>::max()) == four);
+  CHECK(picture(2).find("width='248' height='378'") != std::string::npos);
+  CHECK(code_of([] { picture(0); }) == Errc::invalid_argument);
+  Table table;
+  const std::vector<std::string> names = {"0", "1", "2", "3"};
+  CHECK(mole::routing_svg<float>(table.of({}), {}, names).find("width='190' height='70'") !=
+        std::string::npos);
+}
+
+TEST_CASE("routing svg: what is long is counted in characters", "[stats]") {
+  const auto small = [](const std::string& text) {
+    const std::string svg = picture(4, {text, "", "", ""});
+    return svg.find("font-size:10px'>" + text) != std::string::npos;
+  };
+  CHECK_FALSE(small("sieben7"));
+  CHECK(small("achtacht"));
+  CHECK_FALSE(small("äöüßäöü"));
+  CHECK_FALSE(small("日本語日本語日"));
+  CHECK(small("日本語日本語日本"));
 }

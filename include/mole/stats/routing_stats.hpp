@@ -7,7 +7,7 @@
 //   stats.dead();  stats.max_over_mean();
 //
 // A slot with the gate 0 is a probe and does not count. Gates are weighed by size: the share of a
-// slot in its token is |g| / Σ |g|.
+// slot in its token is |g| / Σ |g|. The table of pairs is [experts, experts], of 8 bytes each.
 #pragma once
 
 #include <algorithm>
@@ -24,7 +24,9 @@ namespace mole::inline MOLE_ABI {
 
 class RoutingStats {
  public:
-  /// Throws invalid_argument below 1.
+  static constexpr Index kMostExperts = 4096;
+
+  /// Throws invalid_argument unless it is 1 ... kMostExperts.
   explicit RoutingStats(Index experts);
 
   /// Throws shape_mismatch for another number of experts.
@@ -80,8 +82,8 @@ class RoutingStats {
 };
 
 inline RoutingStats::RoutingStats(Index experts) : experts_(experts) {
-  require(experts >= 1 && experts <= 1 << 16, Errc::invalid_argument, "routing stats: ", experts,
-          " experts, expected 1 ... 65536");
+  require(experts >= 1 && experts <= kMostExperts, Errc::invalid_argument,
+          "routing stats: ", experts, " experts, expected 1 ... ", kMostExperts);
   gate_.resize(static_cast<std::size_t>(experts));
   together_.resize(static_cast<std::size_t>(experts * experts));
 }
@@ -108,7 +110,7 @@ void RoutingStats::add_token(const Routing<T>& routing, Index token) {
   }
   for (Index s = begin; s < end; ++s) {
     const double share = std::fabs(static_cast<double>(routing.gate[s])) / total;
-    if (share > 0) entropy_ -= share * std::log(share);
+    if (share > 0) entropy_ = std::fma(-share, std::log(share), entropy_);
   }
   ++tokens_;
   slots_ += active;
@@ -146,7 +148,7 @@ inline double RoutingStats::load_entropy() const noexcept {
   if (experts_ == 1) return slots_ > 0 ? 1 : 0;
   double sum = 0;
   for (Index e = 0; e < experts_; ++e) {
-    if (count(e) > 0) sum -= load(e) * std::log(load(e));
+    if (count(e) > 0) sum = std::fma(-load(e), std::log(load(e)), sum);
   }
   return sum / std::log(static_cast<double>(experts_));
 }
@@ -157,7 +159,7 @@ inline double RoutingStats::load_cv() const noexcept {
   double sum = 0;
   for (Index e = 0; e < experts_; ++e) {
     const double difference = static_cast<double>(count(e)) - mean;
-    sum += difference * difference;
+    sum = std::fma(difference, difference, sum);
   }
   return std::sqrt(sum / static_cast<double>(experts_)) / mean;
 }

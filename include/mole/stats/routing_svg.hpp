@@ -15,12 +15,13 @@ namespace mole::inline MOLE_ABI {
 
 struct RoutingSvgOptions {
   std::string title;
-  Index tokens_per_row = 16;
+  Index tokens_per_row = 16;                     ///< at most; above 0
   std::span<const std::string> row_titles = {};  ///< one per row of tokens, or empty
 };
 
 /// The text of an SVG file. `token_text` [tokens] and `expert_names` [experts] may be any UTF-8;
-/// white space is made visible. Gates are drawn from 0 (white) to 1. Throws shape_mismatch.
+/// white space is made visible. Gates are drawn from 0 (white) to 1. Throws shape_mismatch,
+/// invalid_argument.
 template <class T>
 std::string routing_svg(const Routing<T>& routing, std::span<const std::string> token_text,
                         std::span<const std::string> expert_names,
