@@ -80,6 +80,20 @@ class Record {
   V config(const std::string& key) const {
     return file_.config.at(key).get<V>();
   }
+  /// Without the option, or where it is null, `otherwise`.
+  template <class V>
+  V config(const std::string& key, const V& otherwise) const {
+    const auto found = file_.config.find(key);
+    return found == file_.config.end() || found->is_null() ? otherwise : found->get<V>();
+  }
+  /// An option for which this kind knows one value: fails with any other.
+  template <class V>
+  void expect_option(const std::string& key, const V& known) {
+    const auto found = file_.config.find(key);
+    if (found == file_.config.end() || *found == nlohmann::json(known)) return;
+    failures_.push_back("option " + key + ": only " + nlohmann::json(known).dump() +
+                        " is known, got " + found->dump());
+  }
 
   bool has(std::string_view tensor) const { return file_.tensors.contains(tensor); }
   const std::vector<Index>& shape(std::string_view tensor) const { return at(tensor).shape; }

@@ -250,10 +250,14 @@ std::vector<std::string> read_list(const fs::path& path) {
   return globs;
 }
 
+/// The last glob that fits the name decides; one that begins with ! takes it out again.
 bool matches(const std::string& name, const std::vector<std::string>& globs) {
-  return std::any_of(globs.begin(), globs.end(), [&](const std::string& glob) {
-    return fnmatch(glob.c_str(), name.c_str(), 0) == 0;
-  });
+  bool matched = false;
+  for (const std::string& glob : globs) {
+    const bool takes_out = glob.starts_with("!");
+    if (fnmatch(glob.c_str() + takes_out, name.c_str(), 0) == 0) matched = !takes_out;
+  }
+  return matched;
 }
 
 /// The weight files of adapter folders have the same extension and are no cases.

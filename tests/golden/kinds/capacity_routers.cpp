@@ -4,9 +4,8 @@
 #include <vector>
 
 #include "golden/golden.hpp"
+#include "golden/kinds/capacity.hpp"
 #include "golden/kinds/router_run.hpp"
-#include "mole/routers/expert_choice.hpp"
-#include "mole/routers/gshard.hpp"
 #include "mole/routers/sinkhorn.hpp"
 #include "mole/routers/switch.hpp"
 #include "mole/routers/top_k_capacity.hpp"
@@ -28,6 +27,7 @@ void finish(Run& run) {
 template <class T>
 void switch_router(Case<T>& c) {
   using Router = mole::SwitchRouter<T>;
+  c.expect_option("inference", false);
   const Index tokens = c.extent("in.dgate", 0);
   const auto begin = golden::equal_sequences(tokens, c.template config<Index>("sequences"));
   RouterRun<Router> run(c,
@@ -45,6 +45,7 @@ void switch_router(Case<T>& c) {
     const auto best = std::max_element(prob.begin(), prob.end());
     top.push_back(*best);
     dropped.push_back(run.routing.token_begin[t] == run.routing.token_begin[t + 1]);
+    if (!c.has("in.dprob")) continue;
     run.d_tape.prob(t, best - prob.begin()) += c.values("in.dprob")[t];
   }
   c.expect("out.top_prob", top);
@@ -54,48 +55,18 @@ void switch_router(Case<T>& c) {
 GOLDEN_KIND("router.switch", switch_router);
 GOLDEN_KIND("router.mixlora_switch", switch_router);
 
-mole::SecondChoice second_choice(const std::string& name) {
-  if (name == "all") return mole::SecondChoice::all;
-  if (name == "none") return mole::SecondChoice::none;
-  if (name == "threshold") return mole::SecondChoice::threshold;
-  if (name == "random") return mole::SecondChoice::random;
-  throw std::invalid_argument("unknown policy " + name);
-}
-
 template <class T>
 void top2_capacity(Case<T>& c) {
   using Router = mole::GShardRouter<T>;
-  const bool by_gate = c.template config<std::string>("priority") == "gate";
   typename Router::Buffers buffers;
   if (c.has("in.uniform")) buffers.uniform = c.values("in.uniform");
-  std::vector<std::uint8_t> mask;
-  if (c.has("in.mask")) mask = c.mask("in.mask");
+  const std::vector<std::uint8_t> mask = golden::token_mask(c);
   RouterRun<Router> run(
-      c,
-      Router({.width = golden::router_width(c),
-              .experts = golden::router_experts(c),
-              .capacity = c.template config<Index>("capacity"),
-              .renormalise_before_drop = c.template config<std::string>("renorm") == "before_drop",
-              .second = second_choice(c.template config<std::string>("second_policy")),
-              .second_threshold = c.template config<T>("second_threshold"),
-              .renorm_epsilon = c.template config<T>("renorm_eps"),
-              .by_gate = by_gate,
-              .bias = c.has("param.router.bias")}),
+      c, golden::gshard_router(c, golden::router_width(c), golden::router_experts(c)),
       golden::router_weights(c, golden::router_experts(c)), buffers,
       {.x = golden::router_input(c), .mask = mask});
   run.expect_decision();
-  const auto best = [&](Index t) {
-    const auto row = run.tape.prob.row(t);
-    return std::max_element(row.begin(), row.end());
-  };
-  std::vector<Index> order = golden::ascending(run.routing.tokens);
-  if (by_gate) {
-    std::stable_sort(order.begin(), order.end(),
-                     [&](Index a, Index b) { return *best(a) > *best(b); });
-  }
-  c.expect("out.location", golden::locations(c, run.routing, order, [&](Index t, Index e) {
-             return best(t) - run.tape.prob.row(t).begin() == e;
-           }));
+  c.expect("out.location", golden::gshard_locations<T>(c, run.routing, run.tape.prob));
   finish<T>(run);
 }
 GOLDEN_KIND("router.top2_capacity", top2_capacity);
@@ -112,6 +83,7 @@ void top_k_capacity(Case<T>& c) {
   using Router = mole::TopKCapacityRouter<T>;
   typename Router::Buffers buffers;
   if (c.has("in.uniform")) buffers.uniform = c.matrix("in.uniform");
+  c.expect_option("score", "softmax");
   RouterRun<Router> run(
       c,
       Router({.width = golden::router_width(c),
@@ -131,26 +103,23 @@ void top_k_capacity(Case<T>& c) {
 }
 GOLDEN_KIND("router.top_k_capacity", top_k_capacity);
 
-mole::ExpertChoiceScore expert_choice_score(const std::string& name) {
-  if (name == "softmax_experts") return mole::ExpertChoiceScore::over_experts;
-  if (name == "softmax_tokens") return mole::ExpertChoiceScore::over_tokens;
-  if (name == "softmax_selected") return mole::ExpertChoiceScore::over_selected;
-  throw std::invalid_argument("unknown score " + name);
-}
-
 template <class T>
 void expert_choice(Case<T>& c) {
   using Router = mole::ExpertChoiceRouter<T>;
-  RouterRun<Router> run(
-      c,
-      Router({.width = golden::router_width(c),
-              .experts = golden::router_experts(c),
-              .capacity_factor = c.template config<double>("capacity_factor"),
-              .score = expert_choice_score(c.template config<std::string>("score"))}),
-      golden::router_weights(c, golden::router_experts(c)), {}, {.x = golden::router_input(c)});
+  const auto score = golden::expert_choice_score(c.template config<std::string>("score"));
+  RouterRun<Router> run(c,
+                        Router({.width = golden::router_width(c),
+                                .experts = golden::router_experts(c),
+                                .capacity_factor = c.template config<double>("capacity_factor"),
+                                .score = score,
+                                .bias = golden::has_router_bias(c)}),
+                        golden::router_weights(c, golden::router_experts(c)), {},
+                        {.x = golden::router_input(c)});
   run.expect_decision();
+  // The logits order a column as its softmax does, and do not underflow.
+  const bool by_logit = score != mole::ExpertChoiceScore::over_experts;
+  const MatView<T> key = by_logit ? run.tape.logits : run.dense(false);
   std::vector<std::int64_t> chosen;
-  const MatView<T> gate = run.dense(false);
   for (Index e = 0; e < run.routing.experts; ++e) {
     const auto& lists = run.routing.lists;
     const auto first = chosen.size();
@@ -159,7 +128,7 @@ void expert_choice(Case<T>& c) {
     }
     std::sort(chosen.begin() + static_cast<std::ptrdiff_t>(first), chosen.end());
     std::stable_sort(chosen.begin() + static_cast<std::ptrdiff_t>(first), chosen.end(),
-                     [&](std::int64_t a, std::int64_t b) { return gate(a, e) > gate(b, e); });
+                     [&](std::int64_t a, std::int64_t b) { return key(a, e) > key(b, e); });
   }
   c.expect("out.tokens", chosen);
   finish<T>(run);
@@ -173,7 +142,9 @@ void sinkhorn(Case<T>& c) {
                        .experts = golden::router_experts(c),
                        .k = c.template config<Index>("k"),
                        .epsilon = c.template config<T>("epsilon"),
-                       .tolerance = c.template config<T>("tolerance")});
+                       .tolerance = c.template config<T>("tolerance"),
+                       .bias = golden::has_router_bias(c)});
+  c.expect_option("gate", router.max_per_token() == 1 ? "sigmoid" : "softmax");
   RouterRun<Router> run(c, router, golden::router_weights(c, golden::router_experts(c)),
                         {.balance = c.template config<bool>("train")},
                         {.x = golden::router_input(c)});

@@ -20,6 +20,7 @@ void dmoerm(Case<T>& c) {
   using Layer = mole::Dmoerm<T>;
   const MatView<const T> x = c.matrix("in.x");
   const Index phase = c.template config<Index>("phase");
+  c.check(phase >= 1 && phase <= 3, "unknown phase " + std::to_string(phase));
   const Layer layer({.width = x.cols,
                      .categories = c.template config<Index>("categories"),
                      .adapters = c.template config<Index>("adapters"),

@@ -78,7 +78,7 @@ void run_mixture(Case<T>& c, const Router& router, const FfnExperts<T>& experts,
   losses(run);
   run.backward({.x = dx});
   c.expect("grad.in.x", dx);
-  c.expect("grad.param.router.weight", run.grad.router.weight);
+  golden::expect_head_gradient(c, run.grad.router);
   experts.expect_gradient(c);
 }
 
@@ -88,13 +88,15 @@ void mixlora(Case<T>& c) {
   const mole::TopKRouter<T> router({.width = width(c),
                                     .experts = count,
                                     .k = c.template config<Index>("k"),
-                                    .renormalise = c.template config<bool>("renorm")});
+                                    .renormalise = c.template config<bool>("renorm"),
+                                    .bias = golden::has_router_bias(c)});
+  const std::vector<std::uint8_t> mask = golden::token_mask(c);
   run_mixture(c, router, adapted_block(c, count), [&](auto& run) {
     if (!c.has("out.loss")) return;
-    mole::BalanceLoss<T> loss;
+    mole::BalanceLoss<T> loss{.mask = mask, .count_zero_gates = true};
     const MatView<const T> prob = run.tape.router.prob;
     c.expect("out.loss", mole::balance_loss<T>(loss, run.routing, prob, {}, c.context()));
-    loss.weight = number(c, "loss_weight");
+    loss.weight = golden::loss_weight(c);
     mole::balance_loss<T>(loss, run.routing, prob, run.d_tape.prob, c.context());
   });
 }
@@ -107,7 +109,8 @@ void mixlora_dynamic(Case<T>& c) {
   const mole::TopPRouter<T> router({.width = width(c),
                                     .experts = count,
                                     .top_p = number(c, "top_p"),
-                                    .temperature = temperature == T(0) ? T(1) : temperature});
+                                    .temperature = temperature == T(0) ? T(1) : temperature,
+                                    .bias = golden::has_router_bias(c)});
   run_mixture(c, router, adapted_block(c, count), [](auto&) {});
 }
 GOLDEN_KIND("layer.mixlora_dynamic", mixlora_dynamic);
@@ -118,8 +121,11 @@ void mixlora_switch(Case<T>& c) {
   using Layer = mole::PassThrough<FfnMixture<mole::SwitchRouter<T>>>;
   const Index count = c.extent("param.router.weight", 0);
   const FfnExperts<T> experts = adapted_block(c, count);
-  const mole::SwitchRouter<T> router(
-      {.width = width(c), .experts = count, .capacity = c.template config<Index>("capacity")});
+  c.expect_option("inference", false);
+  const mole::SwitchRouter<T> router({.width = width(c),
+                                      .experts = count,
+                                      .capacity = c.template config<Index>("capacity"),
+                                      .bias = golden::has_router_bias(c)});
   const Layer layer({router, mole::FfnBank<T>(experts.config)});
   mole::LayerInput<T> input(c.matrix("in.x"));
   const auto begin = golden::equal_sequences(input.x.rows, c.template config<Index>("sequences"));
@@ -137,7 +143,7 @@ void mixlora_switch(Case<T>& c) {
   c.expect("out.y", y);
   run.backward({.x = dx});
   c.expect("grad.in.x", dx);
-  c.expect("grad.param.router.weight", run.grad.router.weight);
+  golden::expect_head_gradient(c, run.grad.router);
   experts.expect_gradient(c);
 }
 GOLDEN_KIND("layer.mixlora_switch", mixlora_switch);
@@ -147,8 +153,12 @@ template <class T>
 void unimoe(Case<T>& c) {
   const Index count = c.extent("param.router.weight", 0);
   const auto experts = golden::gated_experts(c, "", ExpertBase::own, count, number(c, "scaling"));
-  const mole::TopKRouter<T> router(
-      {.width = width(c), .experts = count, .k = c.template config<Index>("top_k")});
+  const mole::TopKRouter<T> router({.width = width(c),
+                                    .experts = count,
+                                    .k = c.template config<Index>("top_k"),
+                                    .bias = golden::has_router_bias(c)});
+  c.expect_option("balance", "top1");
+  c.expect_option("weights", "softmax_over_selected");
   run_mixture(c, router, experts, [&](auto& run) {
     mole::ChoiceBalance<T> loss;
     const MatView<const T> prob = run.tape.router.prob;
@@ -234,7 +244,7 @@ void add_mixture(Case<T>& c, const Router& router,
 template <class T>
 void add_gated_shared_expert(Case<T>& c, bool frozen, MatView<T> y, MatView<T> dx) {
   const MatView<T> d_gate = golden::zeros(c, 1, width(c));
-  if (c.has("param.shared.gate")) {
+  if (c.has("param.shared.gate") && c.shape("param.shared.gate").front() > 0) {
     const mole::OnePlusRouter<T> router({.width = width(c), .experts = 1, .k = 1});
     const auto shared = golden::gated_experts(c, "shared.", ExpertBase::shared, 1);
     add_mixture<mole::OnePlusRouter<T>, T>(c, router, {c.matrix("param.gate_shared.weight"), {}},
@@ -245,7 +255,22 @@ void add_gated_shared_expert(Case<T>& c, bool frozen, MatView<T> y, MatView<T> d
 }
 
 template <class T>
+MatView<T> zeros_like(Case<T>& c, const std::string& tensor) {
+  const MatView<const T> like = c.matrix(tensor);
+  return golden::zeros(c, like.rows, like.cols);
+}
+
+/// Parameters that have no influence.
+template <class T>
+void expect_unused(Case<T>& c, const std::vector<std::string>& tensors) {
+  for (const std::string& tensor : tensors) {
+    if (c.has("grad." + tensor)) c.expect("grad." + tensor, zeros_like(c, "grad." + tensor));
+  }
+}
+
+template <class T>
 void sparse_unified(Case<T>& c) {
+  c.expect_option("weights", "one_plus_logit");
   const Index k = c.template config<Index>("top_k");
   const bool frozen = c.template config<bool>("freeze_experts");
   mole::LayerInput<T> input(c.matrix("in.x"));
@@ -275,6 +300,10 @@ void sparse_unified(Case<T>& c) {
     if (by_kind) {
       c.expect("grad.param.router_image.weight", d_weight.row_block(count, count));
     }
+  } else {
+    expect_unused(c, {"param.router.weight", "param.router_image.weight", "param.gate", "param.up",
+                      "param.down"});
+    if (c.has("out.gate")) c.expect("out.gate", zeros_like(c, "out.gate"));
   }
   add_gated_shared_expert(c, frozen, y, dx);
   c.expect("out.y", y);
@@ -285,6 +314,7 @@ GOLDEN_KIND("layer.sparse_unified", sparse_unified);
 template <class T>
 void sparse_unified_ste(Case<T>& c) {
   using Router = mole::StraightThroughRouter<T>;
+  c.expect_option("weights", "straight_through_one");
   const Index count = c.extent("param.router.weight", 0);
   const MatView<const T> x = c.matrix("in.x");
   const MatView<T> y = golden::zeros(c, x.rows, x.cols), dx = golden::zeros(c, x.rows, x.cols);
@@ -341,7 +371,7 @@ void run_llava_mole(Case<typename Router::Scalar>& c, const Router& router) {
   const MatView<T> y = golden::zeros(c, input.x.rows, layer.output_width());
   const MatView<T> dx = golden::zeros(c, input.x.rows, input.x.cols);
   FfnRun<Layer> run(c, layer, weights, grad, input, y);
-  // The mask marks first choices, whatever the gates.
+  // The mask of the case marks first choices, whatever the gates.
   const mole::HardTopKRouter<T> first(
       {.width = width(c), .experts = count, .bias = weights.router.bias.data != nullptr});
   golden::RouterRun<mole::HardTopKRouter<T>> choice(c, first, weights.router, {}, {.x = input.x});
@@ -351,18 +381,16 @@ void run_llava_mole(Case<typename Router::Scalar>& c, const Router& router) {
   c.expect("out.y", y);
   if (c.has("out.loss")) {
     const auto begin = golden::equal_sequences(y.rows, c.template config<Index>("sequences"));
-    std::vector<std::uint8_t> mask;
-    if (c.has("in.mask")) mask = c.mask("in.mask");
+    const std::vector<std::uint8_t> mask = golden::token_mask(c);
     mole::BalanceLoss<T> loss{.mask = mask, .by_experts = false, .sequence_begin = begin};
     const MatView<const T> prob = run.tape.router.prob;
     c.expect("out.loss", mole::balance_loss<T>(loss, choice.routing, prob, {}, c.context()));
-    loss.weight = number(c, "loss_weight");
+    loss.weight = golden::loss_weight(c);
     mole::balance_loss<T>(loss, choice.routing, prob, run.d_tape.prob, c.context());
   }
   run.backward({.x = dx});
   c.expect("grad.in.x", dx);
-  c.expect("grad.param.router.weight", run.grad.router.weight);
-  if (c.has("param.router.bias")) c.expect("grad.param.router.bias", run.grad.router.bias);
+  golden::expect_head_gradient(c, run.grad.router);
   for (const auto& m : matrices) m.expect_gradient(c);
 }
 

@@ -93,6 +93,7 @@ class LayerRun {
         input_(c.matrix("in.x")) {
     input_.sequence_begin = tokens.sequence_begin;
     input_.ids = tokens.ids;
+    input_.mask = tokens.mask;
     weights_.weight = c.matrix("param.weight");
     if (c.has("param.bias")) weights_.bias = c.matrix("param.bias");
     weights_.mixture = {params, experts_.weights()};
@@ -124,15 +125,20 @@ class LayerRun {
     }
     c_.expect("out.gate", gate);
     if (c_.has("out.mask")) c_.expect("out.mask", mask);
-    c_.expect("out.logits", tape.router.logits);
+    if (c_.has("out.logits")) c_.expect("out.logits", tape.router.logits);
+    if (c_.has("out.prob")) c_.expect("out.prob", tape.router.prob);
   }
 
   void finish(const LinearParams<T>& head) {
+    finish();
+    expect_head_gradient(c_, head);
+  }
+  /// Of a router without a linear head.
+  void finish() {
     c_.expect("out.y", y);
     layer_.backward(weights_, buffers_, tape, input_, {}, c_.matrix("in.dy"), d_tape, {}, {.x = dx},
                     grad, {}, c_.context());
     c_.expect("grad.in.x", dx);
-    c_.expect("grad.param.router.weight", head.weight);
     experts_.expect_gradient();
   }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Losses of given logits. The router of each kind makes scores and choices out of them and carries
 // the gradient back.
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <vector>
@@ -79,7 +80,7 @@ class Layers {
 
 template <class T>
 std::vector<std::uint8_t> mask_of(Case<T>& c) {
-  return c.has("in.mask") ? c.mask("in.mask") : std::vector<std::uint8_t>();
+  return golden::token_mask(c);
 }
 
 template <class T>
@@ -121,6 +122,7 @@ template <class T, class Router>
 void pooled(Case<T>& c, const Router& router, Index layers, BalanceLoss<T> loss) {
   Layers<T, Router> all(c, router, layers);
   const std::vector<std::uint8_t> mask = mask_of(c);
+  loss.weight = c.config("coef", T(1));
   loss.mask = mask;
   loss.count_zero_gates = true;
   const auto balanced = all.balanced();
@@ -144,14 +146,14 @@ void pooled(Case<T>& c, const Router& router, Index layers, BalanceLoss<T> loss)
 template <class T>
 void mixtral(Case<T>& c) {
   const Index layers = c.extent("in.logits", 0);
-  pooled(c, top_k(c, c.template config<Index>("k")), layers, {.weight = number(c, "coef")});
+  pooled(c, top_k(c, c.template config<Index>("k")), layers, {});
 }
 GOLDEN_KIND("loss.mixtral", mixtral);
 
 template <class T>
 void rmoe_balance(Case<T>& c) {
   const Index layers = c.extent("in.logits", 0);
-  pooled(c, top_k(c, c.template config<Index>("top_k")), layers, {.weight = number(c, "coef")});
+  pooled(c, top_k(c, c.template config<Index>("top_k")), layers, {});
 }
 GOLDEN_KIND("loss.rmoe_balance", rmoe_balance);
 
@@ -168,7 +170,9 @@ void layer_mean(Case<T>& c) {
   const std::vector<std::uint8_t> mask = mask_of(c);
   T sum = 0;
   for (std::size_t l = 0; l < all.size(); ++l) {
-    const BalanceLoss<T> loss{.weight = T(1) / static_cast<T>(layers), .mask = mask};
+    const BalanceLoss<T> loss{.weight = c.config("coef", T(1)) / static_cast<T>(layers),
+                              .mask = mask,
+                              .count_zero_gates = true};
     sum += mole::balance_loss<T>(loss, all[l].routing, all[l].tape.prob, all[l].d_tape.prob,
                                  c.context());
   }
@@ -198,7 +202,7 @@ GOLDEN_KIND("loss.no_expert_factor", no_expert_factor);
 template <class T>
 void switch_loss(Case<T>& c) {
   const auto begin = golden::equal_sequences(c.matrix("in.logits").rows, sequences_of(c));
-  pooled(c, top_k(c, 1), 1, {.weight = number(c, "coef"), .sequence_begin = begin});
+  pooled(c, top_k(c, 1), 1, {.sequence_begin = begin});
 }
 GOLDEN_KIND("loss.switch", switch_loss);
 
@@ -207,8 +211,7 @@ void llava_mole(Case<T>& c) {
   const Index layers = c.extent("in.logits", 0);
   const Index tokens = c.matrix("in.logits").rows / layers;
   const auto begin = golden::equal_sequences(tokens, c.extent("in.logits", 1));
-  pooled(c, top_k(c, 1), layers,
-         {.weight = number(c, "coef"), .by_experts = false, .sequence_begin = begin});
+  pooled(c, top_k(c, 1), layers, {.by_experts = false, .sequence_begin = begin});
 }
 GOLDEN_KIND("loss.llava_mole", llava_mole);
 
@@ -239,18 +242,14 @@ GOLDEN_KIND("loss.mola", mola);
 
 template <class T>
 void megatron_aux(Case<T>& c) {
-  const std::string name = c.template config<std::string>("score");
-  const mole::Score score = name == "softmax"   ? mole::Score::softmax
-                            : name == "sigmoid" ? mole::Score::sigmoid
-                                                : mole::Score::sqrt_softplus;
+  const mole::Score score = golden::score_named(c.template config<std::string>("score"));
   const auto k = c.template config<Index>("k");
   std::vector<std::int32_t> begin;
   if (c.template config<std::string>("scope") == "sequence") {
     begin = golden::equal_sequences(c.matrix("in.logits").rows, sequences_of(c));
   }
   pooled(c, top_k(c, k, score), 1,
-         {.weight = number(c, "coef"),
-          .load_divisor = static_cast<T>(k),
+         {.load_divisor = static_cast<T>(k),
           .normalise_scores = score != mole::Score::softmax,
           .sequence_begin = begin,
           .equal_sequences = c.has("in.mask")});
@@ -260,23 +259,22 @@ GOLDEN_KIND("loss.megatron_aux", megatron_aux);
 template <class T>
 void deepseek_aux(Case<T>& c) {
   const auto k = c.template config<Index>("k");
-  const bool sigmoid = c.template config<std::string>("score") == "sigmoid";
   std::vector<std::int32_t> begin;
   if (c.template config<bool>("seq_aux")) {
     begin = golden::equal_sequences(c.matrix("in.logits").rows, sequences_of(c));
   }
   pooled(c,
-         mole::DeepSeekRouter<T>({.width = experts(c),
-                                  .experts = experts(c),
-                                  .k = k,
-                                  .score = sigmoid ? mole::Score::sigmoid : mole::Score::softmax,
-                                  .groups = c.template config<Index>("n_group"),
-                                  .keep_groups = c.template config<Index>("topk_group"),
-                                  .group_score_top = c.template config<Index>("group_score_top"),
-                                  .fill_zero = true,
-                                  .renormalise = false}),
-         1,
-         {.weight = number(c, "coef"), .load_divisor = static_cast<T>(k), .sequence_begin = begin});
+         mole::DeepSeekRouter<T>(
+             {.width = experts(c),
+              .experts = experts(c),
+              .k = k,
+              .score = golden::score_named(c.template config<std::string>("score")),
+              .groups = c.template config<Index>("n_group"),
+              .keep_groups = c.template config<Index>("topk_group"),
+              .group_score_top = c.template config<Index>("group_score_top"),
+              .fill_zero = c.config("group_fill", std::string("0")) == "0",
+              .renormalise = false}),
+         1, {.load_divisor = static_cast<T>(k), .sequence_begin = begin});
 }
 GOLDEN_KIND("loss.deepseek_aux", deepseek_aux);
 
@@ -329,7 +327,7 @@ mole::TopPRouter<T> top_p(Case<T>& c, T temperature) {
 
 template <class T>
 void mixlora_dynamic(Case<T>& c) {
-  pooled(c, top_p(c, number(c, "temperature")), 1, {.weight = number(c, "coef")});
+  pooled(c, top_p(c, number(c, "temperature")), 1, {});
 }
 GOLDEN_KIND("loss.mixlora_dynamic", mixlora_dynamic);
 
@@ -452,14 +450,15 @@ void dynmole(Case<T>& c) {
   const bool tsallis = c.template config<std::string>("entropy_type") == "tsallis";
   const mole::Entropy<T> how{tsallis ? mole::EntropyKind::tsallis : mole::EntropyKind::renyi,
                              number(c, "entropy_index"), number(c, "entropy_eps"), true};
-  const mole::TsallisRouter<T> router({.width = experts(c),
-                                       .experts = experts(c),
-                                       .top_p = number(c, "top_p"),
-                                       .keep_top_k = c.template config<Index>("keep_top_k"),
-                                       .entropy = how.kind,
-                                       .entropy_index = how.index,
-                                       .entropy_threshold = number(c, "entropy_threshold"),
-                                       .entropy_epsilon = how.epsilon});
+  const mole::TsallisRouter<T> router(
+      {.width = experts(c),
+       .experts = experts(c),
+       .top_p = number(c, "top_p"),
+       .keep_top_k = std::min(c.template config<Index>("keep_top_k"), experts(c)),
+       .entropy = how.kind,
+       .entropy_index = how.index,
+       .entropy_threshold = number(c, "entropy_threshold"),
+       .entropy_epsilon = how.epsilon});
   Layers<T, mole::TsallisRouter<T>> all(c, router, c.extent("in.logits", 0));
   const std::vector<std::uint8_t> mask = mask_of(c);
   std::vector<mole::SoftBalancedLayer<T>> values, layers;

@@ -34,6 +34,7 @@ template <class T>
 void mofme(Case<T>& c) {
   using Layer = mole::Mofme<mole::TieTopKRouter<T>>;
   const MatView<const T> x = c.matrix("in.x");
+  c.expect_option("activation", "gelu");
   const Layer layer(mole::TieTopKRouter<T>({.width = x.cols,
                                             .experts = c.template config<Index>("num_experts"),
                                             .k = c.template config<Index>("top_k"),

@@ -23,7 +23,8 @@ mole::NoisyTopKRouter<T> noisy_router(Case<T>& c, Index width, Index experts) {
                                    .order = softmax_first ? mole::NoisyOrder::softmax_then_topk
                                                           : mole::NoisyOrder::topk_then_softmax,
                                    .noise_epsilon = c.template config<T>("noise_epsilon"),
-                                   .renorm_epsilon = c.template config<T>("renorm_eps")});
+                                   .renorm_epsilon = c.template config<T>("renorm_eps"),
+                                   .bias = has_router_bias(c)});
 }
 
 template <class T>
@@ -61,7 +62,7 @@ void run_noisy_losses(Case<T>& c, const mole::NoisyTopKRouter<T>& router,
   c.expect("out.logits", z);
   if (c.has("out.importance")) c.expect("out.importance", importance);
   const double weight = c.template config<double>("loss_coef");
-  const double share = weight * c.template config<double>("loss_weight");
+  const double share = weight * c.config("loss_weight", 0.0);
   const MatView<const T> gates = gate, logits = tape.logits;
   double loss = mole::importance_loss<T>({weight}, gates, {}, c.context());
   mole::importance_loss<T>({share}, gates, dgate, c.context());

@@ -190,6 +190,8 @@ GOLDEN_KIND("layer.lora_mixer", lora_mixer);
 template <class T>
 void sentence_switch(Case<T>& c) {
   using Router = mole::SequenceRouter<T>;
+  c.expect_option("pool", "mean");
+  c.expect_option("weight", 1.0);
   const auto begin = begins(c);
   const Index count = c.extent("in.x", 0);
   Run<Router> run(
@@ -257,6 +259,7 @@ GOLDEN_KIND("router.dmoerm", dmoerm_router);
 template <class T>
 void mova(Case<T>& c) {
   using Router = mole::MovaRouter<T>;
+  c.expect_option("activation", "gelu");
   const auto begin = begins(c);
   const MatView<const T> x = c.matrix("in.x"), context = c.matrix("in.context");
   const Index count = c.extent("in.x", 0), experts = c.template config<Index>("num_experts");
@@ -304,6 +307,7 @@ GOLDEN_KIND("layer.mova", mova);
 template <class T>
 void c3po_override(Case<T>& c) {
   using Router = mole::PathwayRouter<T>;
+  c.expect_option("rows", "last_of_each_sequence");
   const MatView<const T> x = c.matrix("in.x");
   const auto begin = begins(c);
   const bool follows = c.template config<bool>("override");

@@ -91,7 +91,12 @@ void scale_ops(Case<T>& c) {
   const MatView<T> gates = c.memory().template take<T>(x.rows, count);
 
   mole::AdapterScales scales(adapters);
-  scales.set_adapter(c.template config<std::vector<std::string>>("active"));
+  const Json& active = c.config().at("active");
+  if (active.is_string()) {
+    scales.set_adapter(active.get<std::string>());
+  } else {
+    scales.set_adapter(active.get<std::vector<std::string>>());
+  }
   std::vector<double> all_scales, all_y;
   const auto record = [&] {
     scales.fill_gates(gates);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Routers that go by likeness to prototypes, and what is built on them.
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -241,7 +242,7 @@ void contrastive(Case<T>& c) {
   const MatView<const T> x = c.matrix("in.x"), prototypes = c.matrix("param.prototypes");
   const std::vector<std::int32_t> assigned = c.ints("in.assign");
   const Index k = static_cast<Index>(assigned.size()) / x.rows;
-  mole::RoutingTable<T> table(c.memory(), x.rows, prototypes.rows, k);
+  mole::RoutingTable<T> table(c.memory(), x.rows, prototypes.rows, std::min(k, prototypes.rows));
   table.begin(x.rows);
   const std::vector<T> gates(static_cast<std::size_t>(k), T(1));
   for (Index t = 0; t < x.rows; ++t) {

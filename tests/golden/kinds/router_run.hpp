@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -11,6 +12,7 @@
 #include "mole/core/params.hpp"
 #include "mole/routing/head.hpp"
 #include "mole/routing/router.hpp"
+#include "mole/routing/score.hpp"
 
 namespace golden {
 
@@ -37,6 +39,23 @@ LinearParams<const T> router_weights(Case<T>& c, Index experts) {
 }
 
 template <class T>
+bool has_router_bias(Case<T>& c) {
+  return c.has("param.router.bias");
+}
+
+/// Of out.loss in the scalar that is differentiated.
+template <class T>
+T loss_weight(Case<T>& c) {
+  return c.config("loss_weight", T(0));
+}
+
+/// What a loss sees of the tokens; empty: all.
+template <class T>
+std::vector<std::uint8_t> token_mask(Case<T>& c) {
+  return c.has("in.mask") ? c.mask("in.mask") : std::vector<std::uint8_t>();
+}
+
+template <class T>
 MatView<const T> router_input(Case<T>& c) {
   return c.matrix(c.has("in.x") ? "in.x" : "in.logits");
 }
@@ -49,6 +68,36 @@ Index router_width(Case<T>& c) {
 template <class T>
 Index router_experts(Case<T>& c) {
   return c.extent("in.dgate", 1);
+}
+
+inline mole::Score score_named(const std::string& name) {
+  if (name == "softmax") return mole::Score::softmax;
+  if (name == "sigmoid") return mole::Score::sigmoid;
+  if (name == "sqrtsoftplus") return mole::Score::sqrt_softplus;
+  throw std::invalid_argument("unknown score " + name);
+}
+
+/// Overrides with the experts that the case forbids.
+template <class T>
+class Masked {
+ public:
+  Masked(Case<T>& c, Index experts) {
+    if (!c.has("in.expert_mask")) return;
+    forbidden_ = c.mask("in.expert_mask");
+    const auto size = static_cast<Index>(forbidden_.size());
+    overrides.forbidden = {forbidden_.data(), size / experts, experts};
+  }
+  mole::Overrides<T> overrides;
+
+ private:
+  std::vector<std::uint8_t> forbidden_;
+};
+
+/// Gradients of a linear head.
+template <class T>
+void expect_head_gradient(Case<T>& c, const LinearParams<T>& head) {
+  c.expect("grad.param.router.weight", head.weight);
+  if (has_router_bias(c)) c.expect("grad.param.router.bias", head.bias);
 }
 
 /// `sequences` equal sequences.
@@ -100,6 +149,19 @@ std::vector<std::int32_t> selected_by(const mole::Routing<T>& routing, MatView<c
   return all;
 }
 
+/// The logits of the head: those of a tape are -inf where the caller forbids an expert.
+template <class Router, class T>
+MatView<const T> head_logits(Case<T>& c, const Router& router,
+                             const typename Router::template Params<const T>& params,
+                             const typename Router::Buffers& buffers,
+                             const mole::Tokens<T>& tokens) {
+  auto tape = router.make_tape(c.memory(), tokens.count());
+  mole::RoutingTable<T> table(c.memory(), tokens.count(), router.experts(), router.max_per_token());
+  router.forward(router.prepare(params, c.memory()), buffers, tokens, {}, {}, table, {}, &tape,
+                 c.context());
+  return tape.logits;
+}
+
 template <class Router>
 class RouterRun {
  public:
@@ -141,11 +203,22 @@ class RouterRun {
   void expect_decision() {
     c_.expect("out.gate", dense(false));
     if (c_.has("out.mask")) c_.expect("out.mask", dense(true));
-    if (c_.has("out.logits")) c_.expect("out.logits", tape.logits);
+    if (c_.has("out.logits")) {
+      const bool all = overrides_.forbidden.data == nullptr;
+      c_.expect("out.logits",
+                all ? tape.logits : head_logits(c_, router_, params_, buffers_, tokens_));
+    }
     if (c_.has("out.prob")) c_.expect("out.prob", tape.prob);
   }
 
+  /// And that of the scores, where the case has one by expert.
   void add_gate_gradient() {
+    if (c_.has("in.dprob") && c_.shape("in.dprob").size() == 2) {
+      const MatView<const T> dprob = c_.matrix("in.dprob");
+      for (Index t = 0; t < dprob.rows; ++t) {
+        for (Index e = 0; e < dprob.cols; ++e) d_tape.prob(t, e) += dprob(t, e);
+      }
+    }
     const MatView<const T> dgate = c_.matrix("in.dgate");
     for (Index t = 0; t < routing.tokens; ++t) {
       for (Index s = routing.token_begin[t]; s < routing.token_begin[t + 1]; ++s) {
@@ -163,8 +236,7 @@ class RouterRun {
   void expect_gradients(const LinearParams<T>& head) {
     if (!c_.has("in.x")) return c_.expect("grad.in.logits", dx);
     c_.expect("grad.in.x", dx);
-    c_.expect("grad.param.router.weight", head.weight);
-    if (head.bias.data != nullptr) c_.expect("grad.param.router.bias", head.bias);
+    expect_head_gradient(c_, head);
   }
 
  private:

@@ -27,30 +27,6 @@ using golden::RouterRun;
 using mole::Index;
 using mole::MatView;
 
-mole::Score score(const std::string& name) {
-  if (name == "softmax") return mole::Score::softmax;
-  if (name == "sigmoid") return mole::Score::sigmoid;
-  if (name == "sqrtsoftplus") return mole::Score::sqrt_softplus;
-  throw std::invalid_argument("unknown score " + name);
-}
-
-/// Overrides with the forbidden experts of the case.
-template <class T>
-class Masked {
- public:
-  explicit Masked(Case<T>& c) {
-    if (!c.has("in.expert_mask")) return;
-    forbidden_ = c.mask("in.expert_mask");
-    const auto size = static_cast<Index>(forbidden_.size());
-    overrides.forbidden = {forbidden_.data(), size / golden::router_experts(c),
-                           golden::router_experts(c)};
-  }
-  mole::Overrides<T> overrides;
-
- private:
-  std::vector<std::uint8_t> forbidden_;
-};
-
 template <class T>
 void top_k(Case<T>& c) {
   using Router = mole::TopKRouter<T>;
@@ -59,7 +35,7 @@ void top_k(Case<T>& c) {
       {.width = golden::router_width(c),
        .experts = golden::router_experts(c),
        .k = c.template config<Index>("k"),
-       .score = score(c.template config<std::string>("score")),
+       .score = golden::score_named(c.template config<std::string>("score")),
        .order = scores_first ? Router::Order::score_then_topk : Router::Order::topk_then_score,
        .renormalise = c.template config<bool>("renorm"),
        .renorm_epsilon = c.template config<T>("renorm_eps"),
@@ -68,14 +44,14 @@ void top_k(Case<T>& c) {
        .bias = c.has("param.router.bias")});
   typename Router::Buffers buffers;
   if (c.has("state.bias")) buffers.selection_bias = c.values("state.bias");
-  const Masked masked(c);
+  const golden::Masked<T> masked(c, router.experts());
   golden::run_router(c, router, buffers, masked.overrides);
 }
 GOLDEN_KIND("router.top_k", top_k);
 
 template <class T>
 void dense_softmax(Case<T>& c) {
-  const Masked masked(c);
+  const golden::Masked<T> masked(c, golden::router_experts(c));
   golden::run_router(c,
                      mole::DenseRouter<T>({.width = golden::router_width(c),
                                            .experts = golden::router_experts(c),
@@ -88,11 +64,12 @@ GOLDEN_KIND("router.dense_softmax", dense_softmax);
 template <class T>
 void top_p(Case<T>& c) {
   const T temperature = c.template config<T>("temperature");
-  golden::run_router(
-      c, mole::TopPRouter<T>({.width = golden::router_width(c),
-                              .experts = golden::router_experts(c),
-                              .top_p = c.template config<T>("top_p"),
-                              .temperature = temperature == T(0) ? T(1) : temperature}));
+  golden::run_router(c,
+                     mole::TopPRouter<T>({.width = golden::router_width(c),
+                                          .experts = golden::router_experts(c),
+                                          .top_p = c.template config<T>("top_p"),
+                                          .temperature = temperature == T(0) ? T(1) : temperature,
+                                          .bias = golden::has_router_bias(c)}));
 }
 GOLDEN_KIND("router.dynamic_moe", top_p);
 GOLDEN_KIND("router.mixlora_dynamic", top_p);
@@ -104,11 +81,12 @@ void dynmole(Case<T>& c) {
       .width = golden::router_width(c),
       .experts = golden::router_experts(c),
       .top_p = c.template config<T>("top_p"),
-      .keep_top_k = c.template config<Index>("keep_top_k"),
+      .keep_top_k = std::min(c.template config<Index>("keep_top_k"), golden::router_experts(c)),
       .entropy = tsallis ? mole::EntropyKind::tsallis : mole::EntropyKind::renyi,
       .entropy_index = c.template config<T>("entropy_index"),
       .entropy_threshold = c.template config<T>("entropy_threshold"),
-      .entropy_epsilon = c.template config<T>("entropy_eps")};
+      .entropy_epsilon = c.template config<T>("entropy_eps"),
+      .bias = golden::has_router_bias(c)};
   RouterRun<mole::TsallisRouter<T>> run(c, mole::TsallisRouter<T>(config),
                                         golden::router_weights(c, config.experts), {},
                                         {.x = golden::router_input(c)});
@@ -119,6 +97,7 @@ void dynmole(Case<T>& c) {
   std::vector<T> values;
   for (Index t = 0; t < run.routing.tokens; ++t) {
     values.push_back(mole::stages::entropy<T>(entropy, run.tape.prob.row(t)));
+    if (!c.has("in.dentropy")) continue;
     mole::stages::entropy_backward<T>(entropy, run.tape.prob.row(t), c.values("in.dentropy")[t],
                                       run.d_tape.prob.row(t));
   }
@@ -134,15 +113,15 @@ void threshold(Case<T>& c) {
   RouterRun<Router> run(c,
                         Router({.width = golden::router_width(c),
                                 .experts = golden::router_experts(c),
-                                .threshold = c.template config<T>("threshold")}),
+                                .threshold = c.template config<T>("threshold"),
+                                .bias = golden::has_router_bias(c)}),
                         golden::router_weights(c, golden::router_experts(c)), {},
                         {.x = golden::router_input(c)});
   run.expect_decision();
   const mole::BalanceLoss<T> loss{.count_zero_gates = true};
   c.expect("out.loss", mole::balance_loss<T>(loss, run.routing, run.tape.prob, {}, c.context()));
-  const T weight = c.template config<T>("loss_weight");
-  mole::balance_loss<T>({.weight = weight, .count_zero_gates = true}, run.routing, run.tape.prob,
-                        run.d_tape.prob, c.context());
+  mole::balance_loss<T>({.weight = golden::loss_weight(c), .count_zero_gates = true}, run.routing,
+                        run.tape.prob, run.d_tape.prob, c.context());
   run.add_gate_gradient();
   run.backward();
   run.expect_gradients(run.grad);
@@ -154,7 +133,8 @@ void adamole(Case<T>& c) {
   using Router = mole::LearnedThresholdRouter<T>;
   const Router router({.width = golden::router_width(c),
                        .experts = golden::router_experts(c),
-                       .max_threshold = c.template config<T>("max_threshold")});
+                       .max_threshold = c.template config<T>("max_threshold"),
+                       .bias = golden::has_router_bias(c)});
   RouterRun<Router> run(c, router,
                         {golden::router_weights(c, golden::router_experts(c)),
                          {c.matrix("param.threshold.weight"), c.matrix("param.threshold.bias")}},
@@ -167,9 +147,8 @@ void adamole(Case<T>& c) {
   c.expect("out.threshold", tau);
   c.expect("out.loss", mole::shifted_balance_loss<T>(1, MatView<const T>(run.tape.prob), tau, {},
                                                      {}, c.context()));
-  mole::shifted_balance_loss<T>(c.template config<T>("loss_weight"),
-                                MatView<const T>(run.tape.prob), tau, run.d_tape.prob, dtau,
-                                c.context());
+  mole::shifted_balance_loss<T>(golden::loss_weight(c), MatView<const T>(run.tape.prob), tau,
+                                run.d_tape.prob, dtau, c.context());
   for (Index t = 0; t < run.routing.tokens; ++t) {
     run.d_tape.side(t, 0) += dtau[t] * router.rule().threshold_slope(run.tape.side(t, 0));
   }
@@ -186,21 +165,22 @@ void deepseek(Case<T>& c) {
   using Router = mole::DeepSeekRouter<T>;
   typename Router::Buffers buffers;
   if (c.has("state.bias")) buffers.selection_bias = c.values("state.bias");
-  RouterRun<Router> run(c,
-                        Router({.width = golden::router_width(c),
-                                .experts = golden::router_experts(c),
-                                .k = c.template config<Index>("k"),
-                                .score = score(c.template config<std::string>("score")),
-                                .groups = c.template config<Index>("n_group"),
-                                .keep_groups = c.template config<Index>("topk_group"),
-                                .group_score_top = c.template config<Index>("group_score_top"),
-                                .fill_zero = c.template config<std::string>("group_fill") == "0",
-                                .renormalise = c.template config<bool>("renorm"),
-                                .renorm_epsilon = c.template config<T>("renorm_eps"),
-                                .route_scale = c.template config<T>("route_scale"),
-                                .bias = c.has("param.router.bias")}),
-                        golden::router_weights(c, golden::router_experts(c)), buffers,
-                        {.x = golden::router_input(c)});
+  RouterRun<Router> run(
+      c,
+      Router({.width = golden::router_width(c),
+              .experts = golden::router_experts(c),
+              .k = c.template config<Index>("k"),
+              .score = golden::score_named(c.template config<std::string>("score")),
+              .groups = c.template config<Index>("n_group"),
+              .keep_groups = c.template config<Index>("topk_group"),
+              .group_score_top = c.template config<Index>("group_score_top"),
+              .fill_zero = c.template config<std::string>("group_fill") == "0",
+              .renormalise = c.template config<bool>("renorm"),
+              .renorm_epsilon = c.template config<T>("renorm_eps"),
+              .route_scale = c.template config<T>("route_scale"),
+              .bias = c.has("param.router.bias")}),
+      golden::router_weights(c, golden::router_experts(c)), buffers,
+      {.x = golden::router_input(c)});
   run.expect_decision();
   c.expect("out.score", run.tape.prob);
   run.add_gate_gradient();
@@ -224,16 +204,19 @@ GOLDEN_KIND("router.sigmoid", sigmoid);
 template <class T>
 void relu(Case<T>& c) {
   using Router = mole::ReluRouter<T>;
-  RouterRun<Router> run(
-      c, Router({.width = golden::router_width(c), .experts = golden::router_experts(c)}),
-      golden::router_weights(c, golden::router_experts(c)), {}, {.x = golden::router_input(c)});
+  RouterRun<Router> run(c,
+                        Router({.width = golden::router_width(c),
+                                .experts = golden::router_experts(c),
+                                .bias = golden::has_router_bias(c)}),
+                        golden::router_weights(c, golden::router_experts(c)), {},
+                        {.x = golden::router_input(c)});
   run.expect_decision();
   const T weight = c.template config<T>("l1_coef");
   mole::SparsityLoss<T> loss{weight, c.template config<T>("target_k"), true};
   const MatView<const T> prob = run.tape.prob;
   c.expect("out.loss", mole::sparsity_loss<T>(loss, prob, {}, c.context()));
   c.expect("out.sparsity", mole::sparsity(prob));
-  loss.weight *= c.template config<T>("loss_weight");
+  loss.weight *= golden::loss_weight(c);
   mole::sparsity_loss<T>(loss, prob, run.d_tape.prob, c.context());
   run.add_gate_gradient();
   run.backward();
@@ -272,12 +255,14 @@ void hash(Case<T>& c) {
     return run_hash(c, mole::HashRouter<T>({.width = width, .experts = count, .k = k}), {});
   }
   run_hash(c,
-           mole::ScoredHashRouter<T>({.width = golden::router_width(c),
-                                      .experts = count,
-                                      .k = k,
-                                      .score = score(c.template config<std::string>("score")),
-                                      .renorm_epsilon = c.template config<T>("renorm_eps"),
-                                      .scale = c.template config<T>("scale")}),
+           mole::ScoredHashRouter<T>(
+               {.width = golden::router_width(c),
+                .experts = count,
+                .k = k,
+                .score = golden::score_named(c.template config<std::string>("score")),
+                .renorm_epsilon = c.template config<T>("renorm_eps"),
+                .scale = c.template config<T>("scale"),
+                .bias = golden::has_router_bias(c)}),
            golden::router_weights(c, count));
 }
 GOLDEN_KIND("router.hash", hash);
@@ -299,12 +284,8 @@ void run_llava(Case<T>& c, const Router& router) {
                         {.x = golden::router_input(c)});
   c.expect("out.gate", run.dense(false));
   c.expect("out.prob", run.tape.prob);
-  c.expect("out.logits", run.tape.logits);
+  if (c.has("out.logits")) c.expect("out.logits", run.tape.logits);
   c.expect("out.mask", largest<T>(c, run.tape.prob));
-  const MatView<const T> dprob = c.matrix("in.dprob");
-  for (Index t = 0; t < dprob.rows; ++t) {
-    for (Index e = 0; e < dprob.cols; ++e) run.d_tape.prob(t, e) += dprob(t, e);
-  }
   run.add_gate_gradient();
   run.backward();
   run.expect_gradients(run.grad);
@@ -320,6 +301,7 @@ void llava_mole(Case<T>& c) {
   } else if (gate == "prob") {
     run_llava(c, mole::DenseRouter<T>({.width = w, .experts = n, .bias = bias}));
   } else {
+    c.check(gate == "straight_through", "unknown gate " + gate);
     run_llava(c, mole::StraightThroughRouter<T>(
                      {.width = w, .experts = n, .probes = true, .bias = bias}));
   }

@@ -39,7 +39,9 @@ template <class T>
 void dmoerm_pairwise(Case<T>& c) {
   const auto rank = c.template copy<std::int64_t>("in.rank");
   std::vector<T> dreward(rank.size());
-  const bool log_sigmoid = c.template config<std::string>("loss") == "logsigmoid";
+  const auto loss = c.template config<std::string>("loss");
+  const bool log_sigmoid = loss == "logsigmoid";
+  c.check(log_sigmoid || loss == "direct", "unknown loss " + loss);
   c.expect("out.loss", mole::ranking_loss<T>(c.values("in.reward"), rank, log_sigmoid, dreward));
   c.expect("grad.in.reward", dreward);
 }
@@ -80,7 +82,7 @@ template <class T>
 void sign_selected(Case<T>& c) {
   std::vector<T> bias = bias_of(c);
   const std::vector<std::int32_t> selected = c.ints("in.selected");
-  const std::vector<std::uint8_t> mask = c.mask("in.mask");
+  const std::vector<std::uint8_t> mask = golden::token_mask(c);
   const Index tokens = c.extent("in.selected", 0), k = c.extent("in.selected", 1);
   mole::RoutingTable<T> table(c.memory(), tokens, static_cast<Index>(bias.size()), k);
   const std::vector<T> ones(static_cast<std::size_t>(k), T(1));
@@ -102,13 +104,15 @@ template <class T>
 void smora(Case<T>& c) {
   using Router = mole::DeepSeekRouter<T>;
   std::vector<T> bias = bias_of(c);
-  const MatView<const T> x = c.matrix("in.x");
+  const MatView<const T> x = golden::router_input(c);
+  c.expect_option("score", "sigmoid");
   typename Router::Buffers buffers;
   buffers.selection_bias = c.values("state.bias");
   golden::RouterRun<Router> run(c,
                                 Router({.width = x.cols,
                                         .experts = static_cast<Index>(bias.size()),
-                                        .k = c.template config<Index>("k")}),
+                                        .k = c.template config<Index>("k"),
+                                        .bias = golden::has_router_bias(c)}),
                                 golden::router_weights(c, static_cast<Index>(bias.size())), buffers,
                                 {.x = x});
   std::vector<std::int64_t> counts(bias.size());
@@ -117,6 +121,7 @@ void smora(Case<T>& c) {
     mole::update_selection_bias<T>(c.template config<double>("rate"), counts, bias);
   }
   c.expect("out.mask", run.dense(true));
+  if (c.has("out.logits")) c.expect("out.logits", run.tape.logits);
   c.expect("out.counts", counts);
   c.expect("out.state.bias", bias);
 }
