@@ -4,6 +4,8 @@
 #include "kernels/score_row_simd.hpp"
 
 #include <limits>
+#include <type_traits>
+#include <utility>
 
 #include "mole/kernels/math.hpp"
 
@@ -134,33 +136,71 @@ Index top_row(std::span<const float> key, std::span<std::int32_t> chosen) {
   return static_cast<Index>(chosen.size());
 }
 
+// body(0), ..., body(kCount - 1), the numbers as constants.
+template <class Body, size_t... i>
+HWY_INLINE void unrolled(std::index_sequence<i...>, Body body) {
+  (body(std::integral_constant<size_t, i>()), ...);
+}
+
+// rank[e] for the kVectors vectors from `first` on: how many keys come before key[e].
+template <size_t kVectors, class D>
+HWY_INLINE void rank_vectors(D d, std::span<const float> key, size_t first, std::int32_t* rank) {
+  const hn::RebindToSigned<D> di;
+  const std::make_index_sequence<kVectors> vectors;
+  const size_t lanes = hn::Lanes(d), size = key.size();
+  const auto lane = hn::Iota(di, 0);
+  hn::Vec<D> v[kVectors];
+  hn::Vec<decltype(di)> before[kVectors];
+  unrolled(vectors, [&](auto i) {
+    const auto here = hn::FirstN(d, size - (first + i * lanes));
+    const auto loaded = hn::MaskedLoad(here, d, key.data() + first + i * lanes);
+    v[i] = hn::IfThenElse(here, loaded, hn::Set(d, -kInfinity));
+    before[i] = hn::Zero(di);
+  });
+  const auto count = [&](auto i, auto mask) {
+#if HWY_TARGET == HWY_AVX3
+    const auto one_more = hn::Add(before[i], hn::Set(di, 1));
+    before[i] = hn::IfThenElse(hn::RebindMask(di, mask), one_more, before[i]);
+#else
+    before[i] = hn::Sub(before[i], hn::BitCast(di, hn::VecFromMask(d, mask)));
+#endif
+  };
+  for (size_t j = 0; j < first; ++j) {
+    const auto other = hn::Set(d, key[j]);
+    unrolled(vectors, [&](auto i) { count(i, hn::Ge(other, v[i])); });
+  }
+  unrolled(vectors, [&](auto own) {
+    const size_t begin = first + own * lanes, end = HWY_MIN(begin + lanes, size);
+    for (size_t j = begin; j < end; ++j) {
+      const auto other = hn::Set(d, key[j]);
+      const auto lower = hn::Gt(lane, hn::Set(di, static_cast<std::int32_t>(j - begin)));
+      unrolled(vectors, [&](auto i) {
+        if constexpr (i() > own()) {
+          count(i, hn::Ge(other, v[i]));
+        } else if constexpr (i() < own()) {
+          count(i, hn::Gt(other, v[i]));
+        } else {
+          const auto tied = hn::And(hn::Eq(other, v[i]), hn::RebindMask(d, lower));
+          count(i, hn::Or(hn::Gt(other, v[i]), tied));
+        }
+      });
+    }
+  });
+  for (size_t j = first + kVectors * lanes; j < size; ++j) {
+    const auto other = hn::Set(d, key[j]);
+    unrolled(vectors, [&](auto i) { count(i, hn::Gt(other, v[i])); });
+  }
+  unrolled(vectors, [&](auto i) { hn::Store(before[i], di, rank + first + i * lanes); });
+}
+
 Index sort_row(std::span<const float> key, std::span<std::int32_t> order) {
   const hn::ScalableTag<float> d;
-  const hn::RebindToSigned<decltype(d)> di;
-  const size_t size = key.size(), lanes = hn::Lanes(d);
-  const auto lane = hn::Iota(di, 0);
+  const size_t lanes = hn::Lanes(d), size = key.size();
   HWY_ALIGN std::int32_t rank[kMostRanked];
-  for_vectors(d, key, -kInfinity, [&](size_t first, hn::Vec<decltype(d)> v) {
-    auto before = hn::Zero(di);
-    const auto count = [&](auto mask) {
-#if HWY_TARGET == HWY_AVX3
-      const auto one_more = hn::Add(before, hn::Set(di, 1));
-      before = hn::IfThenElse(hn::RebindMask(di, mask), one_more, before);
-#else
-      before = hn::Sub(before, hn::BitCast(di, hn::VecFromMask(d, mask)));
-#endif
-    };
-    const size_t end = HWY_MIN(first + lanes, size);
-    for (size_t j = 0; j < first; ++j) count(hn::Ge(hn::Set(d, key[j]), v));
-    for (size_t j = first; j < end; ++j) {
-      const auto other = hn::Set(d, key[j]);
-      const auto lower =
-          hn::RebindMask(d, hn::Gt(lane, hn::Set(di, static_cast<std::int32_t>(j - first))));
-      count(hn::Or(hn::Gt(other, v), hn::And(hn::Eq(other, v), lower)));
-    }
-    for (size_t j = end; j < size; ++j) count(hn::Gt(hn::Set(d, key[j]), v));
-    hn::Store(before, di, rank + first);
-  });
+  size_t first = 0;
+  for (; first + 3 * lanes < size; first += 4 * lanes) rank_vectors<4>(d, key, first, rank);
+  for (; first + lanes < size; first += 2 * lanes) rank_vectors<2>(d, key, first, rank);
+  if (first < size) rank_vectors<1>(d, key, first, rank);
   Index found = 0;
   for (size_t e = 0; e < size; ++e) {
     if (!(key[e] > -kInfinity)) continue;

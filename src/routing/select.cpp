@@ -10,6 +10,10 @@ template Index select_top_k(std::span<const float>, std::span<std::int32_t>) noe
 template Index select_top_k(std::span<const double>, std::span<std::int32_t>) noexcept;
 template Index sort_keys(std::span<const float>, std::span<std::int32_t>) noexcept;
 template Index sort_keys(std::span<const double>, std::span<std::int32_t>) noexcept;
+template Index select_mass(const Mass<float>&, std::span<const float>, std::span<const float>,
+                           std::span<std::int32_t>) noexcept;
+template Index select_mass(const Mass<double>&, std::span<const double>, std::span<const double>,
+                           std::span<std::int32_t>) noexcept;
 template Index mass_count(const Mass<float>&, std::span<const float>,
                           std::span<const std::int32_t>) noexcept;
 template Index mass_count(const Mass<double>&, std::span<const double>,

@@ -158,6 +158,25 @@ TEST_CASE("property: a key of -inf where the logit is, and nothing else", "[rout
   }));
 }
 
+TEST_CASE("property: select_mass is the front of the order", "[routing][property]") {
+  CHECK(holds("for any keys, target and bounds", [] {
+    const Row key = *any_row();
+    Row share(key.size());
+    mole::stages::softmax<float>(key, share);
+    for (float& s : share) s /= static_cast<float>(*rc::gen::element(1, 2));
+    const Ids order = sorted(key);
+    mole::stages::Mass<float> mass;
+    mass.target = static_cast<float>(*rc::gen::inRange(0, 101)) / 100;
+    mass.include_crossing = *rc::gen::arbitrary<bool>();
+    mass.at_least = *rc::gen::inRange<Index>(0, static_cast<Index>(order.size()) + 2);
+    mass.at_most = *rc::gen::inRange<Index>(0, static_cast<Index>(order.size()) + 2);
+    Ids chosen(key.size(), -1);
+    const Index count = mole::stages::select_mass<float>(mass, key, share, chosen);
+    RC_ASSERT(count == mole::stages::mass_count<float>(mass, share, order));
+    RC_ASSERT(std::ranges::equal(std::span(chosen).first(count), std::span(order).first(count)));
+  }));
+}
+
 TEST_CASE("property: mass_count keeps the least that is enough", "[routing][property]") {
   CHECK(holds("for any shares, target and bounds", [] {
     const Row share = any_shares();

@@ -103,8 +103,7 @@ Index TopPRule<T>::forward(const RuleRow<T>& row, None) const noexcept {
   stages::softmax<T>(row.logits, row.prob);
   const std::span<T> share = row.work;
   for (std::size_t e = 0; e < share.size(); ++e) share[e] = row.prob[e] / temperature;
-  const Index found = stages::sort_keys<T>(row.logits, row.order);
-  const Index count = stages::mass_count<T>(mass, share, row.order.first(found));
+  const Index count = stages::select_mass<T>(mass, row.logits, share, row.order);
   std::copy_n(row.order.begin(), count, row.chosen.begin());
   stages::weigh<T>(weighting(), row.logits, row.prob, row.chosen.first(count),
                    row.gate.first(count));

@@ -95,11 +95,10 @@ class TsallisRouter : public HeadRouter<T, LinearHead<T>, TsallisRule<T>> {
 template <class T>
 Index TsallisRule<T>::forward(const RuleRow<T>& row, None) const noexcept {
   stages::softmax<T>(row.logits, row.prob);
-  const Index found = stages::sort_keys<T>(row.logits, row.order);
   const bool undecided =
       entropy.index > T(0) && threshold < T(1) && stages::entropy<T>(entropy, row.prob) > threshold;
-  const Index count =
-      undecided ? found : stages::mass_count<T>(mass, row.prob, row.order.first(found));
+  const Index count = undecided ? stages::sort_keys<T>(row.logits, row.order)
+                                : stages::select_mass<T>(mass, row.logits, row.prob, row.order);
   for (Index i = 0; i < count; ++i) {
     row.chosen[i] = row.order[i];
     row.gate[i] = row.prob[row.order[i]];

@@ -3,11 +3,13 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <limits>
 #include <span>
 
 #include "mole/core/config.hpp"
+#include "mole/kernels/math.hpp"
 #include "mole/kernels/score_row.hpp"
 
 namespace mole::inline MOLE_ABI::stages {
@@ -41,6 +43,12 @@ struct Mass {
 template <class T>
 Index mass_count(const Mass<T>& mass, std::span<const T> value,
                  std::span<const std::int32_t> order) noexcept;
+
+/// What sort_keys and then mass_count select, for shares that are a softmax of the keys, times a
+/// constant: those at the front of `order`, which has room for all. Returns how many.
+template <class T>
+Index select_mass(const Mass<T>& mass, std::span<const T> key, std::span<const T> share,
+                  std::span<std::int32_t> order) noexcept;
 
 template <class T>
 void selection_key(std::span<const T> u, std::span<const T> value, std::span<const T> bias,
@@ -76,6 +84,37 @@ Index mass_count(const Mass<T>& mass, std::span<const T> value,
   return std::min(std::max(count, mass.at_least), std::min(most, found));
 }
 
+/// Sorts only the experts whose share is large, if they hold the target; 0 if they do not.
+template <class T>
+Index select_large(const Mass<T>& mass, std::span<const T> key, std::span<const T> share,
+                   std::span<std::int32_t> order) noexcept {
+  constexpr std::size_t kMost = 256;
+  if (key.size() > kMost || select_top_k<T>(key, order.first(1)) == 0) return 0;
+  const auto best = static_cast<std::size_t>(order[0]);
+  const T large = mass.target / static_cast<T>(key.size());
+  const T limit = key[best] + math::log<T>(large / share[best]);
+  std::array<T, kMost> large_key;
+  std::array<std::int32_t, kMost> expert;
+  std::size_t count = 0;
+  for (std::size_t e = 0; e < key.size(); ++e) {
+    large_key[count] = key[e];
+    expert[count] = static_cast<std::int32_t>(e);
+    count += key[e] > limit ? 1 : 0;
+  }
+  sort_keys<T>(std::span<const T>(large_key.data(), count), order.first(count));
+  for (std::int32_t& e : order.first(count)) e = expert[e];
+  const Index kept = mass_count<T>(mass, share, order.first(count));
+  return kept < static_cast<Index>(count) ? kept : 0;
+}
+
+template <class T>
+Index select_mass(const Mass<T>& mass, std::span<const T> key, std::span<const T> share,
+                  std::span<std::int32_t> order) noexcept {
+  const Index count = select_large(mass, key, share, order);
+  if (count > 0) return count;
+  return mass_count<T>(mass, share, order.first(sort_keys<T>(key, order)));
+}
+
 #ifndef MOLE_HEADER_ONLY
 extern template Index sort_keys(std::span<const float>, std::span<std::int32_t>) noexcept;
 extern template Index sort_keys(std::span<const double>, std::span<std::int32_t>) noexcept;
@@ -83,6 +122,10 @@ extern template Index mass_count(const Mass<float>&, std::span<const float>,
                                  std::span<const std::int32_t>) noexcept;
 extern template Index mass_count(const Mass<double>&, std::span<const double>,
                                  std::span<const std::int32_t>) noexcept;
+extern template Index select_mass(const Mass<float>&, std::span<const float>,
+                                  std::span<const float>, std::span<std::int32_t>) noexcept;
+extern template Index select_mass(const Mass<double>&, std::span<const double>,
+                                  std::span<const double>, std::span<std::int32_t>) noexcept;
 extern template void selection_key(std::span<const float>, std::span<const float>,
                                    std::span<const float>, std::span<float>) noexcept;
 extern template void selection_key(std::span<const double>, std::span<const double>,
