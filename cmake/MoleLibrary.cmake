@@ -36,6 +36,11 @@ if(MOLE_COMPILED)
       set_source_files_properties("${source}" PROPERTIES UNITY_GROUP ${folder}_${group})
     endforeach()
   endforeach()
+  # Much code that runs seldom: what sanitizers add to it need not be optimised.
+  if(MOLE_SANITIZE)
+    set_source_files_properties(src/algebra/residual_base.cpp src/layers/any_router.cpp
+                                PROPERTIES COMPILE_OPTIONS -O0)
+  endif()
   target_link_libraries(mole PRIVATE hwy::hwy fmt::fmt)
   mole_use_headers_of(mole Eigen3::Eigen)
   mole_use_headers_of(mole nlohmann_json::nlohmann_json)
@@ -53,7 +58,9 @@ target_link_libraries(mole_header_only INTERFACE Eigen3::Eigen)
 
 if(mole_openmp)
   if(TARGET mole)
-    target_link_libraries(mole PRIVATE OpenMP::OpenMP_CXX)
+    # One source has pragmas; the others need not be compiled anew without OpenMP.
+    set_source_files_properties(src/core/parallel.cpp PROPERTIES COMPILE_OPTIONS "${OpenMP_CXX_FLAGS}")
+    target_link_libraries(mole PRIVATE $<LINK_ONLY:OpenMP::OpenMP_CXX>)
   endif()
   target_link_libraries(mole_header_only INTERFACE OpenMP::OpenMP_CXX)
 endif()

@@ -26,9 +26,9 @@ option(MOLE_UNITY_BUILD "Compile the small sources of the library several at a t
 # A sanitizer instruments whole programs, so it is chosen for all targets at once.
 set(MOLE_SANITIZE "" CACHE STRING "Sanitizers: empty, address;undefined or thread")
 
-# Optimising the tests, or what sanitizers add to them, takes longer than they run. The library keeps
-# its flags.
-set(MOLE_TEST_COMPILE_OPTIONS "" CACHE STRING "More compile options for the tests, such as -O1")
+# Optimising the tests, and some checks of pointers in them, takes longer than they run. The library
+# keeps its flags.
+set(MOLE_TEST_COMPILE_OPTIONS "" CACHE STRING "More compile options for the tests, such as -O0")
 
 # A thread sanitizer is slow and needs the threaded tests alone: compile no others.
 option(MOLE_TEST_THREADS_ONLY "Build only the tests that are tagged [threads]" OFF)

@@ -144,6 +144,7 @@ set(MOLE_HEADERS
     include/mole/core/random.hpp
     include/mole/core/view.hpp
     include/mole/core/workspace.hpp
+    include/mole/experts/bank_memory.hpp
     include/mole/experts/expert_bank.hpp
     include/mole/experts/ffn_bank.hpp
     include/mole/experts/film_bank.hpp

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Inside somebody else's engine: raw float pointers, the engine's own buffers and its own threads.
-// The engine has computed y = x Wᵀ already; the mixture is added to it in place, without
-// allocation.
+// The engine has computed y = x Wᵀ; the mixture is added to it in place, without allocation.
 #include <fmt/core.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <thread>
@@ -39,9 +39,8 @@ int main() {
   const std::string data = MOLE_EXAMPLE_DATA;
   const Recording recorded(data + "/layer.safetensors");
   std::vector<PeftAdapter> adapters;
-  for (const char* name : {"german", "kjv", "python", "cpp"}) {
+  for (const char* name : {"german", "kjv", "python", "cpp"})
     adapters.push_back(load_peft(data + "/adapters/" + name));
-  }
   const AdapterBank<float> experts(adapters, "model.layers.20.mlp.down_proj");
   const auto router = recorded.matrix("router.weight"), x = recorded.matrix("in.x");
 

@@ -86,6 +86,7 @@
 #include "mole/routers/uncertainty.hpp"
 #include "mole/routers/unit.hpp"
 
+#include "mole/experts/bank_memory.hpp"
 #include "mole/experts/expert_bank.hpp"
 #include "mole/experts/ffn_bank.hpp"
 #include "mole/experts/film_bank.hpp"

@@ -244,6 +244,11 @@ class BankContract {
       CHECK(bit_difference(g.dx, Matrix<T>(g.dx.rows(), g.dx.cols(),
                                            [](Index, Index) { return T(3); })) == "");
     }
+    if constexpr (!Bank::needs_base) {  // without rows, x and y need not even have a width
+      const OwnedRouting<T> routing(Slots(0), bank_.experts());
+      typename Trial::Memory memory(trial_, *routing, {});
+      CHECK_NOTHROW(bank_.forward(trial_.prepared(), {}, *routing, {}, nullptr, memory.context));
+    }
   }
 
   /// Too little memory is an error, and nothing was written.

@@ -41,6 +41,7 @@ static_assert(std::is_same_v<decltype(MatView(static_cast<const int*>(nullptr), 
 
 constexpr int kTable[] = {0, 1, 2, 3, 4, 5, 6, 7};
 constexpr MatView<const int> kWindow(kTable, 2, 3, 4);
+static_assert(MatView<float>(nullptr, 0, 9).col_block(8, 1).data == nullptr);
 static_assert(kWindow(1, 2) == 6 && kWindow.row(1)[0] == 4 && kWindow.size() == 6);
 
 /// 10 * row + column.

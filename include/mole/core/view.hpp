@@ -104,7 +104,7 @@ struct MatView {
     return {data + first * stride, count, cols, stride};
   }
   constexpr MatView col_block(Index first, Index count) const noexcept {
-    return {data + first, rows, count, stride};
+    return {rows > 0 ? data + first : data, rows, count, stride};  // without rows it may be null
   }
   constexpr Index size() const noexcept { return rows * cols; }
   constexpr bool empty() const noexcept { return rows == 0 || cols == 0; }

@@ -20,6 +20,9 @@
 
 namespace mole::inline MOLE_ABI {
 
+/// Of banks whose experts are a number in their config: a file must not make them fill the memory.
+inline constexpr Index kMostExperts = 65536;
+
 /// What the experts read. With `x_rows` slot, x has one row per slot; with `y_rows` slot, y has.
 template <class T>
 struct BankInput {
@@ -38,7 +41,7 @@ struct BankInputGradient {
 };
 
 /// Throws shape_mismatch unless the routing is for `experts` experts and x [., in] and y [., out]
-/// have a row for every token or slot.
+/// have a row for every token or slot; without any, x and y need no width.
 template <class T>
 void require_bank_call(const BankInput<T>& input, const Routing<T>& routing, MatView<const T> y,
                        Index experts, Index in, Index out) {
@@ -47,8 +50,11 @@ void require_bank_call(const BankInput<T>& input, const Routing<T>& routing, Mat
   const auto rows = [&](RowsBy by) {
     return by == RowsBy::token ? routing.tokens : routing.slots();
   };
-  require_shape("x", input.x, rows(input.x_rows), in);
-  require_shape("y", y, rows(input.y_rows), out);
+  const auto fits = [](const char* name, MatView<const T> view, Index expected, Index width) {
+    if (expected > 0 || view.rows > 0) require_shape(name, view, expected, width);
+  };
+  fits("x", input.x, rows(input.x_rows), in);
+  fits("y", y, rows(input.y_rows), out);
 }
 
 /// The same for backward: dy like y, dgate [slots], dx like x or empty.

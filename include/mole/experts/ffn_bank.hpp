@@ -28,6 +28,7 @@
 #include "mole/core/config.hpp"
 #include "mole/core/description.hpp"
 #include "mole/core/params.hpp"
+#include "mole/experts/bank_memory.hpp"
 #include "mole/experts/expert_bank.hpp"
 #include "mole/experts/linear_bank.hpp"
 #include "mole/kernels/activation.hpp"
@@ -57,7 +58,7 @@ struct FfnBankParams {
 };
 
 template <class T>
-class FfnBank {
+class FfnBank : public BankMemory<FfnBank<T>> {
  public:
   using Scalar = T;
   using Projection = LinearBank<T>;
@@ -135,16 +136,13 @@ class FfnBank {
   Index output_width() const noexcept { return config_.out; }
   Index experts() const noexcept { return config_.experts; }
 
-  /// Uninitialised parameters of type V (weights, gradients, moments) in the caller's memory.
-  template <class V>
-  Params<V> make_params(Workspace& memory) const;
-  template <class V>
-  std::size_t params_bytes() const noexcept;
-
-  std::size_t prepared_bytes() const noexcept;
+  template <class V, class Arena>
+  Params<V> take_params(Arena& arena) const;
+  template <class Arena>
+  Prepared take_prepared(Arena& arena) const;
+  template <class Arena>
+  Tape take_tape(Arena& arena, Index max_tokens, Index max_slots) const;
   std::size_t scratch_bytes(Index max_tokens, Index max_slots, int workers) const noexcept;
-  std::size_t tape_bytes(Index max_tokens, Index max_slots) const noexcept;
-  Tape make_tape(Workspace& memory, Index max_tokens, Index max_slots) const;
 
   /// Throws shape_mismatch unless the weights are those of the config.
   Prepared prepare(const Weights& weights, Workspace& memory) const;
@@ -237,25 +235,36 @@ FfnBank<T>::FfnBank(Config config)
 }
 
 template <class T>
-template <class V>
-auto FfnBank<T>::make_params(Workspace& memory) const -> Params<V> {
+template <class V, class Arena>
+auto FfnBank<T>::take_params(Arena& arena) const -> Params<V> {
   Params<V> params;
-  if (gate_) params.gate = gate_->template make_params<V>(memory);
-  params.up = up_.template make_params<V>(memory);
-  params.down = down_.template make_params<V>(memory);
+  if (gate_) params.gate = gate_->template take_params<V>(arena);
+  params.up = up_.template take_params<V>(arena);
+  params.down = down_.template take_params<V>(arena);
   return params;
 }
 
 template <class T>
-template <class V>
-std::size_t FfnBank<T>::params_bytes() const noexcept {
-  return (gate_ ? gate_->template params_bytes<V>() : 0) + up_.template params_bytes<V>() +
-         down_.template params_bytes<V>();
+template <class Arena>
+auto FfnBank<T>::take_prepared(Arena& arena) const -> Prepared {
+  Prepared prepared;
+  if (gate_) prepared.gate = gate_->take_prepared(arena);
+  prepared.up = up_.take_prepared(arena);
+  prepared.down = down_.take_prepared(arena);
+  return prepared;
 }
 
 template <class T>
-std::size_t FfnBank<T>::prepared_bytes() const noexcept {
-  return (gate_ ? gate_->prepared_bytes() : 0) + up_.prepared_bytes() + down_.prepared_bytes();
+template <class Arena>
+auto FfnBank<T>::take_tape(Arena& arena, Index max_tokens, Index max_slots) const -> Tape {
+  Tape tape;
+  const Rows rows = take_rows(arena, max_slots);
+  tape.inner = rows.inner;
+  tape.active = rows.active;
+  if (gate_) tape.gate = gate_->take_tape(arena, max_tokens, max_slots);
+  tape.up = up_.take_tape(arena, max_tokens, max_slots);
+  tape.down = down_.take_tape(arena, max_tokens, max_slots);
+  return tape;
 }
 
 template <class T>
@@ -277,31 +286,14 @@ std::size_t FfnBank<T>::scratch_bytes(Index max_tokens, Index max_slots,
 }
 
 template <class T>
-std::size_t FfnBank<T>::tape_bytes(Index max_tokens, Index max_slots) const noexcept {
-  ByteCounter counter;
-  take_rows(counter, max_slots);
-  return counter.bytes() + (gate_ ? gate_->tape_bytes(max_tokens, max_slots) : 0) +
-         up_.tape_bytes(max_tokens, max_slots) + down_.tape_bytes(max_tokens, max_slots);
-}
-
-template <class T>
-auto FfnBank<T>::make_tape(Workspace& memory, Index max_tokens, Index max_slots) const -> Tape {
-  Tape tape;
-  const Rows rows = take_rows(memory, max_slots);
-  tape.inner = rows.inner;
-  tape.active = rows.active;
-  if (gate_) tape.gate = gate_->make_tape(memory, max_tokens, max_slots);
-  tape.up = up_.make_tape(memory, max_tokens, max_slots);
-  tape.down = down_.make_tape(memory, max_tokens, max_slots);
-  return tape;
-}
-
-template <class T>
 auto FfnBank<T>::prepare(const Weights& weights, Workspace& memory) const -> Prepared {
-  Prepared prepared;
-  if (gate_) prepared.gate = gate_->prepare(weights.gate, memory);
-  prepared.up = up_.prepare(weights.up, memory);
-  prepared.down = down_.prepare(weights.down, memory);
+  if (gate_) gate_->check_weights(weights.gate);
+  up_.check_weights(weights.up);
+  down_.check_weights(weights.down);
+  const Prepared prepared = take_prepared(memory);
+  if (gate_) gate_->pack(weights.gate, prepared.gate);
+  up_.pack(weights.up, prepared.up);
+  down_.pack(weights.down, prepared.down);
   return prepared;
 }
 

@@ -24,6 +24,7 @@
 #include "mole/core/config.hpp"
 #include "mole/core/description.hpp"
 #include "mole/core/params.hpp"
+#include "mole/experts/bank_memory.hpp"
 #include "mole/experts/expert_bank.hpp"
 #include "mole/kernels/activation.hpp"
 #include "mole/kernels/gated_low_rank.hpp"
@@ -49,7 +50,7 @@ struct FilmBankParams {
 };
 
 template <class T>
-class FilmBank {
+class FilmBank : public BankMemory<FilmBank<T>> {
  public:
   using Scalar = T;
   template <class V>
@@ -57,8 +58,8 @@ class FilmBank {
   using Weights = Params<const T>;
 
   struct Config {
-    Index width = 0;  ///< of input and output
-    Index experts = 0;
+    Index width = 0;       ///< of input and output
+    Index experts = 0;     ///< 1 ... 65536
     bool shifted = false;  ///< expert 0 is gelu, the others are one late
 
     static constexpr std::string_view kind() noexcept { return "film_bank"; }
@@ -95,22 +96,13 @@ class FilmBank {
   Index output_width() const noexcept { return config_.width; }
   Index experts() const noexcept { return config_.experts; }
 
-  /// Uninitialised parameters of type V (weights, gradients, moments) in the caller's memory.
-  template <class V>
-  Params<V> make_params(Workspace& memory) const {
-    return take_params<V>(memory);
-  }
-  template <class V>
-  std::size_t params_bytes() const noexcept {
-    ByteCounter counter;
-    take_params<V>(counter);
-    return counter.bytes();
-  }
-
-  std::size_t prepared_bytes() const noexcept;
+  template <class V, class Arena>
+  Params<V> take_params(Arena& arena) const;
+  template <class Arena>
+  Prepared take_prepared(Arena& arena) const;
+  template <class Arena>
+  Tape take_tape(Arena& arena, Index max_tokens, Index max_slots) const;
   std::size_t scratch_bytes(Index max_tokens, Index max_slots, int workers) const noexcept;
-  std::size_t tape_bytes(Index max_tokens, Index max_slots) const noexcept;
-  Tape make_tape(Workspace& memory, Index max_tokens, Index max_slots) const;
 
   /// Throws shape_mismatch unless the weights are those of the config.
   Prepared prepare(const Weights& weights, Workspace& memory) const;
@@ -133,8 +125,6 @@ class FilmBank {
     std::span<MatView<const T>> weights;  // [experts]
     std::span<MatView<T>> gradients;      // [experts]
   };
-  template <class V, class Arena>
-  Params<V> take_params(Arena& arena) const;
   template <class Arena>
   Scratch take_scratch(Arena& arena, Index rows, Index slots, bool backward) const;
   template <class V>
@@ -158,8 +148,8 @@ template <class T>
 FilmBank<T>::FilmBank(const Config& config) : config_(config) {
   require(config.width > 0, Errc::invalid_argument, "FilmBank: width must be positive, got ",
           config.width);
-  require(config.experts > 0, Errc::invalid_argument, "FilmBank: experts must be positive, got ",
-          config.experts);
+  require(config.experts > 0 && config.experts <= kMostExperts, Errc::invalid_argument,
+          "FilmBank: experts: expected 1 ... ", kMostExperts, ", got ", config.experts);
 }
 
 template <class T>
@@ -172,6 +162,34 @@ auto FilmBank<T>::take_params(Arena& arena) const -> Params<V> {
   params.beta_weight = arena.template take<V>(rows, config_.width);
   params.beta_bias = arena.template take<V>(experts(), config_.width);
   return params;
+}
+
+template <class T>
+template <class Arena>
+auto FilmBank<T>::take_prepared(Arena& arena) const -> Prepared {
+  Prepared prepared;
+  prepared.gamma = arena.template take<Panels<T>>(experts());
+  prepared.beta = arena.template take<Panels<T>>(experts());
+  for (Index e = 0; e < experts(); ++e) {
+    const Index cols = map_of(e) < 0 ? 0 : config_.width;
+    const Panels<T> gamma = take_panels<T>(arena, config_.width, cols);
+    const Panels<T> beta = take_panels<T>(arena, config_.width, cols);
+    if (prepared.gamma.empty()) continue;
+    prepared.gamma[e] = gamma;
+    prepared.beta[e] = beta;
+  }
+  prepared.gamma_bias = arena.template take<T>(experts(), config_.width);
+  prepared.beta_bias = arena.template take<T>(experts(), config_.width);
+  return prepared;
+}
+
+template <class T>
+template <class Arena>
+auto FilmBank<T>::take_tape(Arena& arena, Index, Index max_slots) const -> Tape {
+  Tape tape;
+  tape.gamma = arena.template take<T>(max_slots, config_.width);
+  tape.beta = arena.template take<T>(max_slots, config_.width);
+  return tape;
 }
 
 template <class T>
@@ -194,32 +212,15 @@ void FilmBank<T>::check_tape(const Tape& tape, Index slots) const {
 }
 
 template <class T>
-std::size_t FilmBank<T>::prepared_bytes() const noexcept {
-  ByteCounter counter;
-  counter.take<Panels<T>>(experts());
-  counter.take<Panels<T>>(experts());
-  return counter.bytes() + params_bytes<T>();
-}
-
-template <class T>
 auto FilmBank<T>::prepare(const Weights& weights, Workspace& memory) const -> Prepared {
   check_params(weights, false);
-  Prepared prepared;
-  prepared.gamma = memory.take<Panels<T>>(experts());
-  prepared.beta = memory.take<Panels<T>>(experts());
-  const Params<T> copy = make_params<T>(memory);
-  rows::copy(weights.gamma_bias, copy.gamma_bias);
-  rows::copy(weights.beta_bias, copy.beta_bias);
-  prepared.gamma_bias = copy.gamma_bias;
-  prepared.beta_bias = copy.beta_bias;
-  const auto pack = [&](MatView<const T> stack, MatView<T> to, Index map) -> Panels<T> {
-    if (map < 0) return {nullptr, config_.width, 0};
-    return pack_panels(rows::block(stack, map, config_.width),
-                       rows::block(to, map, config_.width).data);
-  };
+  const Prepared prepared = take_prepared(memory);
+  rows::copy(weights.gamma_bias, prepared.gamma_bias);
+  rows::copy(weights.beta_bias, prepared.beta_bias);
   for (Index e = 0; e < experts(); ++e) {
-    prepared.gamma[e] = pack(weights.gamma_weight, copy.gamma_weight, map_of(e));
-    prepared.beta[e] = pack(weights.beta_weight, copy.beta_weight, map_of(e));
+    if (map_of(e) < 0) continue;
+    pack_rows(rows::block(weights.gamma_weight, map_of(e), config_.width), 0, prepared.gamma[e]);
+    pack_rows(rows::block(weights.beta_weight, map_of(e), config_.width), 0, prepared.beta[e]);
   }
   return prepared;
 }
@@ -247,22 +248,6 @@ std::size_t FilmBank<T>::scratch_bytes(Index max_tokens, Index max_slots, int) c
   ByteCounter counter;
   take_scratch(counter, std::max(max_tokens, max_slots), max_slots, true);
   return counter.bytes();
-}
-
-template <class T>
-std::size_t FilmBank<T>::tape_bytes(Index, Index max_slots) const noexcept {
-  ByteCounter counter;
-  counter.take<T>(max_slots, config_.width);
-  counter.take<T>(max_slots, config_.width);
-  return counter.bytes();
-}
-
-template <class T>
-auto FilmBank<T>::make_tape(Workspace& memory, Index, Index max_slots) const -> Tape {
-  Tape tape;
-  tape.gamma = memory.take<T>(max_slots, config_.width);
-  tape.beta = memory.take<T>(max_slots, config_.width);
-  return tape;
 }
 
 template <class T>

@@ -23,6 +23,7 @@
 #include "mole/core/config.hpp"
 #include "mole/core/description.hpp"
 #include "mole/core/params.hpp"
+#include "mole/experts/bank_memory.hpp"
 #include "mole/experts/expert_bank.hpp"
 #include "mole/experts/lora_bank.hpp"
 #include "mole/kernels/chain_product.hpp"
@@ -88,7 +89,7 @@ struct LinearBankParams {
 };
 
 template <class T>
-class LinearBank {
+class LinearBank : public BankMemory<LinearBank<T>> {
  public:
   using Scalar = T;
   using Adapter = LoraBank<T>;
@@ -145,19 +146,18 @@ class LinearBank {
   Index output_width() const noexcept { return config_.out; }
   Index experts() const noexcept { return config_.experts; }
 
-  /// Uninitialised parameters of type V (weights, gradients, moments) in the caller's memory.
-  template <class V>
-  Params<V> make_params(Workspace& memory) const;
-  template <class V>
-  std::size_t params_bytes() const noexcept;
-
-  std::size_t prepared_bytes() const noexcept;
+  template <class V, class Arena>
+  Params<V> take_params(Arena& arena) const;
+  template <class Arena>
+  Prepared take_prepared(Arena& arena) const;
+  template <class Arena>
+  Tape take_tape(Arena& arena, Index max_tokens, Index max_slots) const;
   std::size_t scratch_bytes(Index max_tokens, Index max_slots, int workers) const noexcept;
-  std::size_t tape_bytes(Index max_tokens, Index max_slots) const noexcept;
-  Tape make_tape(Workspace& memory, Index max_tokens, Index max_slots) const;
 
   /// Throws shape_mismatch unless the weights are those of the config.
   Prepared prepare(const Weights& weights, Workspace& memory) const;
+  /// The same into what take_prepared laid out, of weights that fit.
+  void pack(const Weights& weights, const Prepared& prepared) const noexcept;
 
   /// Adds into y. Throws before any write on wrong shapes or too little memory.
   void forward(const Prepared& prepared, const BankInput<T>& input, const Routing<T>& routing,
@@ -192,10 +192,6 @@ class LinearBank {
   };
   template <class Arena>
   Scratch take_scratch(Arena& arena, RowsBy y_by, Index x_rows, Index y_rows, Index slots) const;
-  template <class V, class Arena>
-  Params<V> take_params(Arena& arena) const;
-  template <class Arena>
-  Prepared take_prepared(Arena& arena) const;
   template <class V>
   void check_params(std::string_view what, const Params<V>& params, bool optional) const;
   void check_memory(const Routing<T>& routing, const Context& context) const;
@@ -238,9 +234,10 @@ template <class T>
 typename LoraBank<T>::Config adapter_config(const char* owner, Index in, Index out, Index experts,
                                             const std::vector<Index>& rank,
                                             const std::vector<T>& scale) {
-  constexpr Index kMost = 65536;  // a file must not make a constructor fill the memory
-  require(experts > 0 && experts <= kMost, Errc::invalid_argument, owner,
-          ": experts: expected 1 ... ", kMost, ", got ", experts);
+  require(in > 0, Errc::invalid_argument, owner, ": in must be positive, got ", in);
+  require(out > 0, Errc::invalid_argument, owner, ": out must be positive, got ", out);
+  require(experts > 0 && experts <= kMostExperts, Errc::invalid_argument, owner,
+          ": experts: expected 1 ... ", kMostExperts, ", got ", experts);
   const auto fits = [&](const auto& list) {
     return rank.empty() ? list.empty() : static_cast<Index>(list.size()) == experts;
   };
@@ -282,47 +279,35 @@ auto LinearBank<T>::take_params(Arena& arena) const -> Params<V> {
   };
   params.weight = list(tensors(), config_.out, config_.in);
   params.bias = list(config_.bias ? tensors() : 0, 1, config_.out);
+  if (is_adapted()) params.adapter = adapter_.template take_params<V>(arena);
   return params;
-}
-
-template <class T>
-template <class V>
-auto LinearBank<T>::make_params(Workspace& memory) const -> Params<V> {
-  Params<V> params = take_params<V>(memory);
-  if (is_adapted()) params.adapter = adapter_.template make_params<V>(memory);
-  return params;
-}
-
-template <class T>
-template <class V>
-std::size_t LinearBank<T>::params_bytes() const noexcept {
-  ByteCounter counter;
-  take_params<V>(counter);
-  return counter.bytes() + (is_adapted() ? adapter_.template params_bytes<V>() : 0);
 }
 
 template <class T>
 template <class Arena>
 auto LinearBank<T>::take_prepared(Arena& arena) const -> Prepared {
-  const Index depth = saturating_product(tensors(), config_.in);
   Prepared prepared;
-  prepared.weight = {arena.template take<T>(depth, config_.out).data, depth, config_.out};
+  prepared.weight = take_panels<T>(arena, saturating_product(tensors(), config_.in), config_.out);
   if (config_.bias) prepared.bias = arena.template take<T>(tensors(), config_.out);
+  if (is_adapted()) prepared.adapter = adapter_.take_prepared(arena);
   return prepared;
 }
 
 template <class T>
-std::size_t LinearBank<T>::prepared_bytes() const noexcept {
-  ByteCounter counter;
-  take_prepared(counter);
-  return counter.bytes() + (is_adapted() ? adapter_.prepared_bytes() : 0);
+template <class Arena>
+auto LinearBank<T>::take_tape(Arena& arena, Index max_tokens, Index max_slots) const -> Tape {
+  Tape tape;
+  tape.max_slots = max_slots;
+  if (is_adapted()) tape.adapter = adapter_.take_tape(arena, max_tokens, max_slots);
+  return tape;
 }
 
 template <class T>
 template <class V>
 void LinearBank<T>::check_params(std::string_view what, const Params<V>& params,
                                  bool optional) const {
-  const bool has_adapter = !params.adapter.down.empty() || !params.adapter.up.empty();
+  const bool has_adapter =
+      !params.adapter.down.empty() || !params.adapter.up.empty() || !params.adapter.bias.empty();
   if (optional && params.weight.empty() && params.bias.empty() && !has_adapter) return;
   require(params.in == config_.in && params.out == config_.out && params.base == config_.base,
           Errc::shape_mismatch, "LinearBank ", what, ": expected ",
@@ -367,15 +352,20 @@ void LinearBank<T>::check_memory(const Routing<T>& routing, const Context& conte
 template <class T>
 auto LinearBank<T>::prepare(const Weights& weights, Workspace& memory) const -> Prepared {
   check_weights(weights);
-  Prepared prepared = take_prepared(memory);
+  const Prepared prepared = take_prepared(memory);
+  pack(weights, prepared);
+  return prepared;
+}
+
+template <class T>
+void LinearBank<T>::pack(const Weights& weights, const Prepared& prepared) const noexcept {
   for (Index e = 0; e < tensors(); ++e) {
     pack_rows(weights.weight_of(e), rows_begin_[e], prepared.weight);
     if (config_.bias) {
       std::ranges::copy(weights.bias_of(e).row(0), prepared.bias.row(e).begin());
     }
   }
-  if (is_adapted()) prepared.adapter = adapter_.prepare(weights.adapter, memory);
-  return prepared;
+  if (is_adapted()) adapter_.pack(weights.adapter, prepared.adapter);
 }
 
 template <class T>
@@ -413,19 +403,6 @@ std::size_t LinearBank<T>::scratch_bytes(Index max_tokens, Index max_slots,
   ByteCounter unwanted;
   unwanted.take<T>(max_slots);
   return std::max(bytes, unwanted.bytes() + adapter_.scratch_bytes(max_tokens, max_slots, workers));
-}
-
-template <class T>
-std::size_t LinearBank<T>::tape_bytes(Index max_tokens, Index max_slots) const noexcept {
-  return is_adapted() ? adapter_.tape_bytes(max_tokens, max_slots) : 0;
-}
-
-template <class T>
-auto LinearBank<T>::make_tape(Workspace& memory, Index max_tokens, Index max_slots) const -> Tape {
-  Tape tape;
-  tape.max_slots = max_slots;
-  if (is_adapted()) tape.adapter = adapter_.make_tape(memory, max_tokens, max_slots);
-  return tape;
 }
 
 template <class T>

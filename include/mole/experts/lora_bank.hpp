@@ -25,6 +25,7 @@
 #include "mole/core/description.hpp"
 #include "mole/core/half.hpp"
 #include "mole/core/params.hpp"
+#include "mole/experts/bank_memory.hpp"
 #include "mole/experts/expert_bank.hpp"
 #include "mole/kernels/chain_product.hpp"
 #include "mole/kernels/gated_low_rank.hpp"
@@ -91,7 +92,7 @@ struct LoraBankParams {
 /// T: compute type. W: storage type of the weights (T, bf16, f16, or the other of float and
 /// double).
 template <class T, class W = T>
-class LoraBank {
+class LoraBank : public BankMemory<LoraBank<T, W>> {
  public:
   using Scalar = T;
   using Storage = W;  ///< of the weights
@@ -147,19 +148,18 @@ class LoraBank {
   Index total_rank() const noexcept { return rank_begin_.back(); }
   Index largest_rank() const noexcept { return largest_rank_; }
 
-  /// Uninitialised parameters of type V (weights, gradients, moments) in the caller's memory.
-  template <class V>
-  Params<V> make_params(Workspace& memory) const;
-  template <class V>
-  std::size_t params_bytes() const noexcept;
-
-  std::size_t prepared_bytes() const noexcept;
+  template <class V, class Arena>
+  Params<V> take_params(Arena& arena) const;
+  template <class Arena>
+  Prepared take_prepared(Arena& arena) const;
+  template <class Arena>
+  Tape take_tape(Arena& arena, Index max_tokens, Index max_slots) const;
   std::size_t scratch_bytes(Index max_tokens, Index max_slots, int workers) const noexcept;
-  std::size_t tape_bytes(Index max_tokens, Index max_slots) const noexcept;
-  Tape make_tape(Workspace& memory, Index max_tokens, Index max_slots) const;
 
   /// Throws shape_mismatch unless the weights are those of the config.
   Prepared prepare(const Weights& weights, Workspace& memory) const;
+  /// The same into what take_prepared laid out, of weights that fit.
+  void pack(const Weights& weights, const Prepared& prepared) const noexcept;
 
   /// Adds into y. Throws before any write on wrong shapes or too little scratch.
   void forward(const Prepared& prepared, const BankInput<T>& input, const Routing<T>& routing,
@@ -189,10 +189,6 @@ class LoraBank {
   };
   template <class Arena>
   Scratch take_scratch(Arena& arena, Index slots, bool backward) const;
-  template <class Arena>
-  Prepared take_prepared(Arena& arena) const;
-  template <class V, class Arena>
-  Params<V> take_params(Arena& arena) const;
 
   bool takes_dense_path(const BankInput<T>& input, const Routing<T>& routing,
                         const Tape* tape) const noexcept;
@@ -249,39 +245,23 @@ auto LoraBank<T, W>::take_params(Arena& arena) const -> Params<V> {
 }
 
 template <class T, class W>
-template <class V>
-auto LoraBank<T, W>::make_params(Workspace& memory) const -> Params<V> {
-  return take_params<V>(memory);
-}
-
-template <class T, class W>
-template <class V>
-std::size_t LoraBank<T, W>::params_bytes() const noexcept {
-  ByteCounter counter;
-  take_params<V>(counter);
-  return counter.bytes();
-}
-
-template <class T, class W>
 template <class Arena>
 auto LoraBank<T, W>::take_prepared(Arena& arena) const -> Prepared {
   Prepared prepared;
   prepared.down = arena.template take<Panels<T>>(experts());
-  const std::span<T> down = arena.template take<T>(total_rank() * config_.in);
-  const std::span<T> up = arena.template take<T>(total_rank() * config_.out);
-  prepared.up = {up.data(), total_rank(), config_.out};
-  if (config_.bias) prepared.bias = arena.template take<T>(experts(), config_.out);
-  for (std::size_t e = 0; e < prepared.down.size(); ++e) {
-    prepared.down[e] = {down.data() + rank_begin_[e] * config_.in, config_.in, config_.rank[e]};
+  for (Index e = 0; e < experts(); ++e) {
+    const Panels<T> panels = take_panels<T>(arena, config_.in, config_.rank[e]);
+    if (!prepared.down.empty()) prepared.down[e] = panels;
   }
+  prepared.up = take_panels<T>(arena, total_rank(), config_.out);
+  if (config_.bias) prepared.bias = arena.template take<T>(experts(), config_.out);
   return prepared;
 }
 
 template <class T, class W>
-std::size_t LoraBank<T, W>::prepared_bytes() const noexcept {
-  ByteCounter counter;
-  take_prepared(counter);
-  return counter.bytes();
+template <class Arena>
+auto LoraBank<T, W>::take_tape(Arena& arena, Index, Index max_slots) const -> Tape {
+  return {arena.template take<T>(max_slots, largest_rank_)};
 }
 
 template <class T, class W>
@@ -321,14 +301,19 @@ template <class T, class W>
 auto LoraBank<T, W>::prepare(const Weights& weights, Workspace& memory) const -> Prepared {
   check_params("weights", weights, false);
   const Prepared prepared = take_prepared(memory);
+  pack(weights, prepared);
+  return prepared;
+}
+
+template <class T, class W>
+void LoraBank<T, W>::pack(const Weights& weights, const Prepared& prepared) const noexcept {
   for (Index e = 0; e < experts(); ++e) {
-    pack_panels(weights.down_of(e), const_cast<T*>(prepared.down[e].data));
+    pack_rows(weights.down_of(e), 0, prepared.down[e]);
     pack_rows(weights.up_of(e), rank_begin_[e], prepared.up);
     for (Index n = 0; n < prepared.bias.cols; ++n) {
       prepared.bias(e, n) = widen<T>(weights.bias_of(e)(0, n));
     }
   }
-  return prepared;
 }
 
 template <class T, class W>
@@ -353,18 +338,6 @@ std::size_t LoraBank<T, W>::scratch_bytes(Index, Index max_slots, int) const noe
   take_scratch(counter, max_slots, true);
   if constexpr (!std::is_same_v<T, W>) take_params<T>(counter);
   return counter.bytes();
-}
-
-template <class T, class W>
-std::size_t LoraBank<T, W>::tape_bytes(Index, Index max_slots) const noexcept {
-  ByteCounter counter;
-  counter.take<T>(max_slots, largest_rank_);
-  return counter.bytes();
-}
-
-template <class T, class W>
-auto LoraBank<T, W>::make_tape(Workspace& memory, Index, Index max_slots) const -> Tape {
-  return {memory.take<T>(max_slots, largest_rank_)};
 }
 
 template <class T, class W>

@@ -27,9 +27,11 @@
 #include "mole/core/config.hpp"
 #include "mole/core/description.hpp"
 #include "mole/core/params.hpp"
+#include "mole/experts/bank_memory.hpp"
 #include "mole/experts/expert_bank.hpp"
 #include "mole/kernels/chain_product.hpp"
 #include "mole/kernels/gated_low_rank.hpp"
+#include "mole/kernels/rows.hpp"
 #include "mole/kernels/shared_low_rank.hpp"
 
 namespace mole::inline MOLE_ABI {
@@ -56,7 +58,7 @@ struct ModulatedBankParams {
 };
 
 template <class T>
-class ModulatedBank {
+class ModulatedBank : public BankMemory<ModulatedBank<T>> {
  public:
   using Scalar = T;
   template <class V>
@@ -81,9 +83,9 @@ class ModulatedBank {
 
   /// Packed snapshot of the weights. Immutable; any number of calls may share it.
   struct Prepared {
-    Panels<T> down;                ///< Aᵀ [in, rank]
-    Panels<T> up;                  ///< Bᵀ [rank, out]
-    MatView<const T> gamma, beta;  ///< copies
+    Panels<T> down;          ///< Aᵀ [in, rank]
+    Panels<T> up;            ///< Bᵀ [rank, out]
+    MatView<T> gamma, beta;  ///< copies
   };
 
   struct Tape {
@@ -107,22 +109,13 @@ class ModulatedBank {
   Index output_width() const noexcept { return config_.out; }
   Index experts() const noexcept { return static_cast<Index>(config_.scale.size()); }
 
-  /// Uninitialised parameters of type V (weights, gradients, moments) in the caller's memory.
-  template <class V>
-  Params<V> make_params(Workspace& memory) const {
-    return take_params<V>(memory);
-  }
-  template <class V>
-  std::size_t params_bytes() const noexcept {
-    ByteCounter counter;
-    take_params<V>(counter);
-    return counter.bytes();
-  }
-
-  std::size_t prepared_bytes() const noexcept;
+  template <class V, class Arena>
+  Params<V> take_params(Arena& arena) const;
+  template <class Arena>
+  Prepared take_prepared(Arena& arena) const;
+  template <class Arena>
+  Tape take_tape(Arena& arena, Index max_tokens, Index max_slots) const;
   std::size_t scratch_bytes(Index max_tokens, Index max_slots, int workers) const noexcept;
-  std::size_t tape_bytes(Index max_tokens, Index max_slots) const noexcept;
-  Tape make_tape(Workspace& memory, Index max_tokens, Index max_slots) const;
 
   /// Throws shape_mismatch unless the weights are those of the config.
   Prepared prepare(const Weights& weights, Workspace& memory) const;
@@ -147,8 +140,6 @@ class ModulatedBank {
   };
   template <class Arena>
   Scratch take_scratch(Arena& arena, Index x_rows, Index y_rows, Index slots, bool backward) const;
-  template <class V, class Arena>
-  Params<V> take_params(Arena& arena) const;
   template <class V>
   void check_params(const Params<V>& params, bool optional) const;
   void check_tape(const Tape& tape, Index slots, Index x_rows) const;
@@ -187,8 +178,23 @@ auto ModulatedBank<T>::take_params(Arena& arena) const -> Params<V> {
 }
 
 template <class T>
-std::size_t ModulatedBank<T>::prepared_bytes() const noexcept {
-  return params_bytes<T>();
+template <class Arena>
+auto ModulatedBank<T>::take_prepared(Arena& arena) const -> Prepared {
+  Prepared prepared;
+  prepared.down = take_panels<T>(arena, config_.in, config_.rank);
+  prepared.up = take_panels<T>(arena, config_.rank, config_.out);
+  prepared.gamma = arena.template take<T>(experts(), config_.rank);
+  prepared.beta = arena.template take<T>(experts(), config_.rank);
+  return prepared;
+}
+
+template <class T>
+template <class Arena>
+auto ModulatedBank<T>::take_tape(Arena& arena, Index max_tokens, Index max_slots) const -> Tape {
+  Tape tape;
+  tape.hidden = arena.template take<T>(max_slots, config_.rank);
+  tape.projected = arena.template take<T>(std::max(max_tokens, max_slots), config_.rank);
+  return tape;
 }
 
 template <class T>
@@ -215,13 +221,11 @@ void ModulatedBank<T>::check_tape(const Tape& tape, Index slots, Index x_rows) c
 template <class T>
 auto ModulatedBank<T>::prepare(const Weights& weights, Workspace& memory) const -> Prepared {
   check_params(weights, false);
-  const Params<T> copy = make_params<T>(memory);
-  params::copy(weights, copy);
-  Prepared prepared;
-  prepared.down = pack_panels(weights.down, copy.down.data);
-  prepared.up = pack_panels(weights.up, copy.up.data);
-  prepared.gamma = copy.gamma;
-  prepared.beta = copy.beta;
+  const Prepared prepared = take_prepared(memory);
+  pack_rows(weights.down, 0, prepared.down);
+  pack_rows(weights.up, 0, prepared.up);
+  rows::copy(weights.gamma, prepared.gamma);
+  rows::copy(weights.beta, prepared.beta);
   return prepared;
 }
 
@@ -244,23 +248,6 @@ std::size_t ModulatedBank<T>::scratch_bytes(Index max_tokens, Index max_slots, i
   ByteCounter counter;
   take_scratch(counter, rows, rows, max_slots, true);
   return counter.bytes();
-}
-
-template <class T>
-std::size_t ModulatedBank<T>::tape_bytes(Index max_tokens, Index max_slots) const noexcept {
-  ByteCounter counter;
-  counter.take<T>(max_slots, config_.rank);
-  counter.take<T>(std::max(max_tokens, max_slots), config_.rank);
-  return counter.bytes();
-}
-
-template <class T>
-auto ModulatedBank<T>::make_tape(Workspace& memory, Index max_tokens, Index max_slots) const
-    -> Tape {
-  Tape tape;
-  tape.hidden = memory.take<T>(max_slots, config_.rank);
-  tape.projected = memory.take<T>(std::max(max_tokens, max_slots), config_.rank);
-  return tape;
 }
 
 template <class T>

@@ -21,6 +21,7 @@
 #include "mole/core/config.hpp"
 #include "mole/core/description.hpp"
 #include "mole/core/params.hpp"
+#include "mole/experts/bank_memory.hpp"
 #include "mole/experts/expert_bank.hpp"
 #include "mole/kernels/chain_product.hpp"
 #include "mole/kernels/gated_low_rank.hpp"
@@ -53,7 +54,7 @@ struct SharedDownBankParams {
 };
 
 template <class T>
-class SharedDownBank {
+class SharedDownBank : public BankMemory<SharedDownBank<T>> {
  public:
   using Scalar = T;
   template <class V>
@@ -101,22 +102,13 @@ class SharedDownBank {
   Index output_width() const noexcept { return config_.out; }
   Index experts() const noexcept { return static_cast<Index>(config_.scale.size()); }
 
-  /// Uninitialised parameters of type V (weights, gradients, moments) in the caller's memory.
-  template <class V>
-  Params<V> make_params(Workspace& memory) const {
-    return take_params<V>(memory);
-  }
-  template <class V>
-  std::size_t params_bytes() const noexcept {
-    ByteCounter counter;
-    take_params<V>(counter);
-    return counter.bytes();
-  }
-
-  std::size_t prepared_bytes() const noexcept;
+  template <class V, class Arena>
+  Params<V> take_params(Arena& arena) const;
+  template <class Arena>
+  Prepared take_prepared(Arena& arena) const;
+  template <class Arena>
+  Tape take_tape(Arena& arena, Index max_tokens, Index max_slots) const;
   std::size_t scratch_bytes(Index max_tokens, Index max_slots, int workers) const noexcept;
-  std::size_t tape_bytes(Index max_tokens, Index max_slots) const noexcept;
-  Tape make_tape(Workspace& memory, Index max_tokens, Index max_slots) const;
 
   /// Throws shape_mismatch unless the weights are those of the config.
   Prepared prepare(const Weights& weights, Workspace& memory) const;
@@ -141,8 +133,6 @@ class SharedDownBank {
   };
   template <class Arena>
   Scratch take_scratch(Arena& arena, Index x_rows, Index slots, bool backward) const;
-  template <class V, class Arena>
-  Params<V> take_params(Arena& arena) const;
   template <class V>
   void check_params(const Params<V>& params, bool optional) const;
   void check_tape(const Tape& tape, Index rows) const;
@@ -180,11 +170,18 @@ auto SharedDownBank<T>::take_params(Arena& arena) const -> Params<V> {
 }
 
 template <class T>
-std::size_t SharedDownBank<T>::prepared_bytes() const noexcept {
-  ByteCounter counter;
-  counter.take<T>(config_.rank, config_.in);
-  counter.take<T>(rank_begin_.back(), config_.out);
-  return counter.bytes();
+template <class Arena>
+auto SharedDownBank<T>::take_prepared(Arena& arena) const -> Prepared {
+  Prepared prepared;
+  prepared.down = take_panels<T>(arena, config_.in, config_.rank);
+  prepared.up = take_panels<T>(arena, rank_begin_.back(), config_.out);
+  return prepared;
+}
+
+template <class T>
+template <class Arena>
+auto SharedDownBank<T>::take_tape(Arena& arena, Index max_tokens, Index max_slots) const -> Tape {
+  return {arena.template take<T>(std::max(max_tokens, max_slots), config_.rank)};
 }
 
 template <class T>
@@ -212,9 +209,8 @@ void SharedDownBank<T>::check_tape(const Tape& tape, Index rows) const {
 template <class T>
 auto SharedDownBank<T>::prepare(const Weights& weights, Workspace& memory) const -> Prepared {
   check_params(weights, false);
-  T* const down = memory.take<T>(config_.rank * config_.in).data();
-  T* const up = memory.take<T>(rank_begin_.back() * config_.out).data();
-  const Prepared prepared{pack_panels(weights.down, down), {up, rank_begin_.back(), config_.out}};
+  const Prepared prepared = take_prepared(memory);
+  pack_rows(weights.down, 0, prepared.down);
   for (Index e = 0; e < experts(); ++e) pack_rows(weights.up_of(e), rank_begin_[e], prepared.up);
   return prepared;
 }
@@ -240,19 +236,6 @@ std::size_t SharedDownBank<T>::scratch_bytes(Index max_tokens, Index max_slots,
   ByteCounter counter;
   take_scratch(counter, std::max(max_tokens, max_slots), max_slots, true);
   return counter.bytes();
-}
-
-template <class T>
-std::size_t SharedDownBank<T>::tape_bytes(Index max_tokens, Index max_slots) const noexcept {
-  ByteCounter counter;
-  counter.take<T>(std::max(max_tokens, max_slots), config_.rank);
-  return counter.bytes();
-}
-
-template <class T>
-auto SharedDownBank<T>::make_tape(Workspace& memory, Index max_tokens, Index max_slots) const
-    -> Tape {
-  return {memory.take<T>(std::max(max_tokens, max_slots), config_.rank)};
 }
 
 template <class T>

@@ -21,6 +21,7 @@
 #include "mole/core/config.hpp"
 #include "mole/core/description.hpp"
 #include "mole/core/params.hpp"
+#include "mole/experts/bank_memory.hpp"
 #include "mole/experts/expert_bank.hpp"
 #include "mole/kernels/chain_product.hpp"
 #include "mole/kernels/gated_low_rank.hpp"
@@ -53,7 +54,7 @@ struct SharedUpBankParams {
 };
 
 template <class T>
-class SharedUpBank {
+class SharedUpBank : public BankMemory<SharedUpBank<T>> {
  public:
   using Scalar = T;
   template <class V>
@@ -101,22 +102,13 @@ class SharedUpBank {
   Index output_width() const noexcept { return config_.out; }
   Index experts() const noexcept { return static_cast<Index>(config_.scale.size()); }
 
-  /// Uninitialised parameters of type V (weights, gradients, moments) in the caller's memory.
-  template <class V>
-  Params<V> make_params(Workspace& memory) const {
-    return take_params<V>(memory);
-  }
-  template <class V>
-  std::size_t params_bytes() const noexcept {
-    ByteCounter counter;
-    take_params<V>(counter);
-    return counter.bytes();
-  }
-
-  std::size_t prepared_bytes() const noexcept;
+  template <class V, class Arena>
+  Params<V> take_params(Arena& arena) const;
+  template <class Arena>
+  Prepared take_prepared(Arena& arena) const;
+  template <class Arena>
+  Tape take_tape(Arena& arena, Index max_tokens, Index max_slots) const;
   std::size_t scratch_bytes(Index max_tokens, Index max_slots, int workers) const noexcept;
-  std::size_t tape_bytes(Index max_tokens, Index max_slots) const noexcept;
-  Tape make_tape(Workspace& memory, Index max_tokens, Index max_slots) const;
 
   /// Throws shape_mismatch unless the weights are those of the config.
   Prepared prepare(const Weights& weights, Workspace& memory) const;
@@ -142,8 +134,6 @@ class SharedUpBank {
   };
   template <class Arena>
   Scratch take_scratch(Arena& arena, Index y_rows, Index slots, bool backward) const;
-  template <class V, class Arena>
-  Params<V> take_params(Arena& arena) const;
   template <class V>
   void check_params(const Params<V>& params, bool optional) const;
   void check_tape(const Tape& tape, Index slots) const;
@@ -181,12 +171,22 @@ auto SharedUpBank<T>::take_params(Arena& arena) const -> Params<V> {
 }
 
 template <class T>
-std::size_t SharedUpBank<T>::prepared_bytes() const noexcept {
-  ByteCounter counter;
-  counter.take<Panels<T>>(experts());
-  counter.take<T>(rank_begin_.back(), config_.in);
-  counter.take<T>(config_.rank, config_.out);
-  return counter.bytes();
+template <class Arena>
+auto SharedUpBank<T>::take_prepared(Arena& arena) const -> Prepared {
+  Prepared prepared;
+  prepared.down = arena.template take<Panels<T>>(experts());
+  for (Index e = 0; e < experts(); ++e) {
+    const Panels<T> panels = take_panels<T>(arena, config_.in, config_.rank);
+    if (!prepared.down.empty()) prepared.down[e] = panels;
+  }
+  prepared.up = take_panels<T>(arena, config_.rank, config_.out);
+  return prepared;
+}
+
+template <class T>
+template <class Arena>
+auto SharedUpBank<T>::take_tape(Arena& arena, Index, Index max_slots) const -> Tape {
+  return {arena.template take<T>(max_slots, config_.rank)};
 }
 
 template <class T>
@@ -214,13 +214,9 @@ void SharedUpBank<T>::check_tape(const Tape& tape, Index slots) const {
 template <class T>
 auto SharedUpBank<T>::prepare(const Weights& weights, Workspace& memory) const -> Prepared {
   check_params(weights, false);
-  Prepared prepared;
-  prepared.down = memory.take<Panels<T>>(experts());
-  T* const down = memory.take<T>(rank_begin_.back() * config_.in).data();
-  prepared.up = pack_panels(weights.up, memory.take<T>(config_.rank * config_.out).data());
-  for (Index e = 0; e < experts(); ++e) {
-    prepared.down[e] = pack_panels(weights.down_of(e), down + rank_begin_[e] * config_.in);
-  }
+  const Prepared prepared = take_prepared(memory);
+  pack_rows(weights.up, 0, prepared.up);
+  for (Index e = 0; e < experts(); ++e) pack_rows(weights.down_of(e), 0, prepared.down[e]);
   return prepared;
 }
 
@@ -244,18 +240,6 @@ std::size_t SharedUpBank<T>::scratch_bytes(Index max_tokens, Index max_slots, in
   ByteCounter counter;
   take_scratch(counter, std::max(max_tokens, max_slots), max_slots, true);
   return counter.bytes();
-}
-
-template <class T>
-std::size_t SharedUpBank<T>::tape_bytes(Index, Index max_slots) const noexcept {
-  ByteCounter counter;
-  counter.take<T>(max_slots, config_.rank);
-  return counter.bytes();
-}
-
-template <class T>
-auto SharedUpBank<T>::make_tape(Workspace& memory, Index, Index max_slots) const -> Tape {
-  return {memory.take<T>(max_slots, config_.rank)};
 }
 
 template <class T>

@@ -64,6 +64,12 @@ struct Panels {
   }
 };
 
+/// Memory for panels, from a Workspace or a ByteCounter.
+template <class T, class Arena>
+Panels<T> take_panels(Arena& arena, Index depth, Index cols) {
+  return {arena.template take<T>(depth, cols).data, depth, cols};
+}
+
 /// Packs a weight [cols, rows] (PyTorch orientation), widening its elements, into rows
 /// [first, first + rows) of `panels`, whose memory must be writable.
 template <class T, class W>

@@ -39,13 +39,7 @@ constexpr std::array<std::string_view, 3> enum_names(PathwayGates) noexcept {
 
 /// A linear head; the pathway is its side.
 template <class T>
-struct PathwayHead {
-  Linear<T> linear;
-
-  template <class V>
-  using Params = LinearParams<V>;
-  using Prepared = LinearPrepared<T>;
-  using Tape = NoHeadTape;
+struct PathwayHead : LinearHead<T> {
   template <class V>
   struct Carry {
     MatView<V> pathway = {};  ///< [1, experts], ω; empty: zeros
@@ -55,34 +49,15 @@ struct PathwayHead {
       return {pathway};
     }
   };
-  static constexpr Scope scope = Scope::token;
 
-  Index width() const noexcept { return linear.width; }
-  Index experts() const noexcept { return linear.experts; }
-  Index side() const noexcept { return linear.experts; }
+  Index side() const noexcept { return this->linear.experts; }
 
-  std::size_t params_bytes() const noexcept { return linear.params_bytes(); }
-  std::size_t prepared_bytes() const noexcept { return linear.prepared_bytes(); }
-  std::size_t scratch_bytes(Index, int) const noexcept {
-    return stages::project_backward_bytes(linear.experts);
-  }
-  Params<T> make_params(Workspace& memory) const { return linear.make_params(memory); }
-  Prepared prepare(const Params<const T>& params, Workspace& memory) const {
-    return linear.prepare(params, memory);
-  }
-  template <class Arena>
-  Tape take_tape(Arena&, Index) const {
-    return {};
-  }
-  void check(const Params<const T>& params) const { linear.check(params); }
-  void check_gradient(const Params<T>& grad) const { linear.check_gradient(grad); }
-
-  void forward(const Prepared& prepared, const Tokens<T>& tokens, const Carry<const T>& carry_in,
-               MatView<T> logits, MatView<T> side, const Carry<T>& carry_out, const Tape&,
-               const Context& context) const;
-  void backward(const Params<const T>& params, const Tape&, const Tokens<T>& tokens,
+  void forward(const LinearPrepared<T>& prepared, const Tokens<T>& tokens,
+               const Carry<const T>& carry_in, MatView<T> logits, MatView<T> side,
+               const Carry<T>& carry_out, NoHeadTape, const Context& context) const;
+  void backward(const LinearParams<const T>& params, NoHeadTape, const Tokens<T>& tokens,
                 const Carry<const T>& carry_in, MatView<const T> dlogits, MatView<const T> dside,
-                const Carry<T>& d_carry_out, MatView<T> dx, const Params<T>& grad,
+                const Carry<T>& d_carry_out, MatView<T> dx, const LinearParams<T>& grad,
                 const Carry<T>& d_carry_in, const Context& context) const;
 };
 
@@ -152,7 +127,7 @@ class PathwayRouter : public HeadRouter<T, PathwayHead<T>, PathwayRule<T>> {
   /// Throws invalid_argument, naming the field.
   explicit PathwayRouter(const Config& config)
       : HeadRouter<T, PathwayHead<T>, PathwayRule<T>>(
-            {linear_head<T>("PathwayRouter", config.width, config.experts, config.bias).linear},
+            {linear_head<T>("PathwayRouter", config.width, config.experts, config.bias)},
             {config.k,
              config.gates,
              config.floor,
@@ -171,11 +146,11 @@ class PathwayRouter : public HeadRouter<T, PathwayHead<T>, PathwayRule<T>> {
 };
 
 template <class T>
-void PathwayHead<T>::forward(const Prepared& prepared, const Tokens<T>& tokens,
+void PathwayHead<T>::forward(const LinearPrepared<T>& prepared, const Tokens<T>& tokens,
                              const Carry<const T>& carry_in, MatView<T> logits, MatView<T> side,
-                             const Carry<T>&, const Tape&, const Context& context) const {
+                             const Carry<T>&, NoHeadTape, const Context& context) const {
   const MatView<const T> pathway = carry_in.pathway;
-  if (pathway.data != nullptr) require_shape("carry_in.pathway", pathway, 1, linear.experts);
+  if (pathway.data != nullptr) require_shape("carry_in.pathway", pathway, 1, this->linear.experts);
   stages::project<T>(prepared, tokens.x, logits, context);
   for (Index t = 0; t < side.rows; ++t) {
     for (Index e = 0; e < side.cols; ++e) side(t, e) = pathway.empty() ? T(0) : pathway(0, e);
@@ -183,13 +158,14 @@ void PathwayHead<T>::forward(const Prepared& prepared, const Tokens<T>& tokens,
 }
 
 template <class T>
-void PathwayHead<T>::backward(const Params<const T>& params, const Tape&, const Tokens<T>& tokens,
-                              const Carry<const T>&, MatView<const T> dlogits,
-                              MatView<const T> dside, const Carry<T>&, MatView<T> dx,
-                              const Params<T>& grad, const Carry<T>& d_carry_in,
-                              const Context& context) const {
+void PathwayHead<T>::backward(const LinearParams<const T>& params, NoHeadTape,
+                              const Tokens<T>& tokens, const Carry<const T>&,
+                              MatView<const T> dlogits, MatView<const T> dside, const Carry<T>&,
+                              MatView<T> dx, const LinearParams<T>& grad,
+                              const Carry<T>& d_carry_in, const Context& context) const {
   const MatView<T> d_pathway = d_carry_in.pathway;
-  if (d_pathway.data != nullptr) require_shape("d_carry_in.pathway", d_pathway, 1, linear.experts);
+  if (d_pathway.data != nullptr)
+    require_shape("d_carry_in.pathway", d_pathway, 1, this->linear.experts);
   stages::project_backward<T>(params, tokens.x, dlogits, dx, grad, context);
   for (Index e = 0; e < d_pathway.cols; ++e) {
     double sum = 0;

@@ -27,41 +27,17 @@
 namespace mole::inline MOLE_ABI {
 
 template <class T>
-struct SequenceHead {
-  Linear<T> linear;
+struct SequenceHead : LinearHead<T> {
   Pool how = Pool::mean;
 
-  template <class V>
-  using Params = LinearParams<V>;
-  using Prepared = LinearPrepared<T>;
-  using Tape = NoHeadTape;
-  template <class V>
-  using Carry = None;
   static constexpr Scope scope = Scope::sequence;
 
-  Index width() const noexcept { return linear.width; }
-  Index experts() const noexcept { return linear.experts; }
-  Index side() const noexcept { return 0; }
-
-  std::size_t params_bytes() const noexcept { return linear.params_bytes(); }
-  std::size_t prepared_bytes() const noexcept { return linear.prepared_bytes(); }
   std::size_t scratch_bytes(Index max_tokens, int workers) const noexcept;
-  Params<T> make_params(Workspace& memory) const { return linear.make_params(memory); }
-  Prepared prepare(const Params<const T>& params, Workspace& memory) const {
-    return linear.prepare(params, memory);
-  }
-  template <class Arena>
-  Tape take_tape(Arena&, Index) const {
-    return {};
-  }
-  void check(const Params<const T>& params) const { linear.check(params); }
-  void check_gradient(const Params<T>& grad) const { linear.check_gradient(grad); }
-
-  void forward(const Prepared& prepared, const Tokens<T>& tokens, None, MatView<T> logits,
-               MatView<T> side, None, const Tape&, const Context& context) const;
-  void backward(const Params<const T>& params, const Tape&, const Tokens<T>& tokens, None,
+  void forward(const LinearPrepared<T>& prepared, const Tokens<T>& tokens, None, MatView<T> logits,
+               MatView<T> side, None, NoHeadTape, const Context& context) const;
+  void backward(const LinearParams<const T>& params, NoHeadTape, const Tokens<T>& tokens, None,
                 MatView<const T> dlogits, MatView<const T> dside, None, MatView<T> dx,
-                const Params<T>& grad, None, const Context& context) const;
+                const LinearParams<T>& grad, None, const Context& context) const;
 };
 
 template <class T>
@@ -87,7 +63,7 @@ class SequenceRouter : public HeadRouter<T, SequenceHead<T>, TopKRule<T>> {
   /// Throws invalid_argument, naming the field.
   explicit SequenceRouter(const Config& config)
       : HeadRouter<T, SequenceHead<T>, TopKRule<T>>(
-            {linear_head<T>("SequenceRouter", config.width, config.experts, config.bias).linear,
+            {linear_head<T>("SequenceRouter", config.width, config.experts, config.bias),
              config.pool},
             {config.k, {Score::softmax, false, true, T(0), T(1)}}),
         config_(config) {
@@ -104,19 +80,20 @@ class SequenceRouter : public HeadRouter<T, SequenceHead<T>, TopKRule<T>> {
 template <class T>
 std::size_t SequenceHead<T>::scratch_bytes(Index max_tokens, int) const noexcept {
   ByteCounter counter;
-  counter.take<T>(max_tokens, linear.width);
-  counter.take<T>(max_tokens, linear.width);
-  counter.take<T>(max_tokens, linear.experts);
-  return counter.bytes() + stages::project_backward_bytes(linear.experts);
+  counter.take<T>(max_tokens, this->linear.width);
+  counter.take<T>(max_tokens, this->linear.width);
+  counter.take<T>(max_tokens, this->linear.experts);
+  return counter.bytes() + stages::project_backward_bytes(this->linear.experts);
 }
 
 template <class T>
-void SequenceHead<T>::forward(const Prepared& prepared, const Tokens<T>& tokens, None,
-                              MatView<T> logits, MatView<T>, None, const Tape&,
+void SequenceHead<T>::forward(const LinearPrepared<T>& prepared, const Tokens<T>& tokens, None,
+                              MatView<T> logits, MatView<T>, None, NoHeadTape,
                               const Context& context) const {
   const Workspace::Frame frame(context.scratch);
-  const MatView<T> pooled = context.scratch.template take<T>(tokens.count(), linear.width);
-  const MatView<T> of_sequence = context.scratch.template take<T>(tokens.count(), linear.experts);
+  const MatView<T> pooled = context.scratch.template take<T>(tokens.count(), this->linear.width);
+  const MatView<T> of_sequence =
+      context.scratch.template take<T>(tokens.count(), this->linear.experts);
   const Index sequences = stages::pool<T>(how, tokens, pooled);
   stages::project<T>(prepared, pooled.row_block(0, sequences), of_sequence.row_block(0, sequences),
                      context);
@@ -124,14 +101,15 @@ void SequenceHead<T>::forward(const Prepared& prepared, const Tokens<T>& tokens,
 }
 
 template <class T>
-void SequenceHead<T>::backward(const Params<const T>& params, const Tape&, const Tokens<T>& tokens,
-                               None, MatView<const T> dlogits, MatView<const T>, None,
-                               MatView<T> dx, const Params<T>& grad, None,
-                               const Context& context) const {
+void SequenceHead<T>::backward(const LinearParams<const T>& params, NoHeadTape,
+                               const Tokens<T>& tokens, None, MatView<const T> dlogits,
+                               MatView<const T>, None, MatView<T> dx, const LinearParams<T>& grad,
+                               None, const Context& context) const {
   const Workspace::Frame frame(context.scratch);
-  const MatView<T> pooled = context.scratch.template take<T>(tokens.count(), linear.width);
-  const MatView<T> d_pooled = context.scratch.template take<T>(tokens.count(), linear.width);
-  const MatView<T> d_sequence = context.scratch.template take<T>(tokens.count(), linear.experts);
+  const MatView<T> pooled = context.scratch.template take<T>(tokens.count(), this->linear.width);
+  const MatView<T> d_pooled = context.scratch.template take<T>(tokens.count(), this->linear.width);
+  const MatView<T> d_sequence =
+      context.scratch.template take<T>(tokens.count(), this->linear.experts);
   const Index sequences = stages::pool<T>(how, tokens, pooled);
   stages::spread_backward<T>(tokens, dlogits, d_sequence);
   for (Index s = 0; s < sequences; ++s) std::ranges::fill(d_pooled.row(s), T(0));

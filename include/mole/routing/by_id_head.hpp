@@ -18,47 +18,24 @@
 
 namespace mole::inline MOLE_ABI {
 
+/// The linear map is that of all heads, one below the other.
 template <class T>
-struct ByIdHead {
+struct ByIdHead : LinearHead<T> {
   Index count = 0;  ///< of experts
   Index heads = 1;
-  Linear<T> linear;  ///< of all heads
 
-  template <class V>
-  using Params = LinearParams<V>;
-  using Prepared = LinearPrepared<T>;
-  using Tape = NoHeadTape;
-  template <class V>
-  using Carry = None;
-  static constexpr Scope scope = Scope::token;
-
-  Index width() const noexcept { return linear.width; }
   Index experts() const noexcept { return count; }
-  Index side() const noexcept { return 0; }
-
-  std::size_t params_bytes() const noexcept { return linear.params_bytes(); }
-  std::size_t prepared_bytes() const noexcept { return linear.prepared_bytes(); }
   std::size_t scratch_bytes(Index max_tokens, int) const noexcept {
     ByteCounter counter;
-    counter.take<T>(max_tokens, linear.experts);
-    return counter.bytes() + stages::project_backward_bytes(linear.experts);
+    counter.take<T>(max_tokens, this->linear.experts);
+    return counter.bytes() + stages::project_backward_bytes(this->linear.experts);
   }
-  Params<T> make_params(Workspace& memory) const { return linear.make_params(memory); }
-  Prepared prepare(const Params<const T>& params, Workspace& memory) const {
-    return linear.prepare(params, memory);
-  }
-  template <class Arena>
-  Tape take_tape(Arena&, Index) const {
-    return {};
-  }
-  void check(const Params<const T>& params) const { linear.check(params); }
-  void check_gradient(const Params<T>& grad) const { linear.check_gradient(grad); }
 
-  void forward(const Prepared& prepared, const Tokens<T>& tokens, None, MatView<T> logits,
-               MatView<T>, None, const Tape&, const Context& context) const;
-  void backward(const Params<const T>& params, const Tape&, const Tokens<T>& tokens, None,
+  void forward(const LinearPrepared<T>& prepared, const Tokens<T>& tokens, None, MatView<T> logits,
+               MatView<T>, None, NoHeadTape, const Context& context) const;
+  void backward(const LinearParams<const T>& params, NoHeadTape, const Tokens<T>& tokens, None,
                 MatView<const T> dlogits, MatView<const T>, None, MatView<T> dx,
-                const Params<T>& grad, None, const Context& context) const;
+                const LinearParams<T>& grad, None, const Context& context) const;
 
  private:
   /// The columns of a token among those of all heads; empty for a negative id.
@@ -76,15 +53,15 @@ template <class T>
 ByIdHead<T> by_id_head(const char* router, Index width, Index experts, Index heads, bool bias) {
   linear_head<T>(router, width, experts, bias);
   require_field(heads >= 1, router, "heads", "at least 1", heads);
-  return {experts, heads, {width, saturating_product(heads, experts), bias}};
+  return {{{width, saturating_product(heads, experts), bias}}, experts, heads};
 }
 
 template <class T>
-void ByIdHead<T>::forward(const Prepared& prepared, const Tokens<T>& tokens, None,
-                          MatView<T> logits, MatView<T>, None, const Tape&,
+void ByIdHead<T>::forward(const LinearPrepared<T>& prepared, const Tokens<T>& tokens, None,
+                          MatView<T> logits, MatView<T>, None, NoHeadTape,
                           const Context& context) const {
   const Workspace::Frame frame(context.scratch);
-  const MatView<T> all = context.scratch.template take<T>(logits.rows, linear.experts);
+  const MatView<T> all = context.scratch.template take<T>(logits.rows, this->linear.experts);
   stages::project<T>(prepared, tokens.x, all, context);
   for (Index t = 0; t < logits.rows; ++t) {
     const std::span<const T> own = columns<T>(all, tokens, t);
@@ -97,11 +74,11 @@ void ByIdHead<T>::forward(const Prepared& prepared, const Tokens<T>& tokens, Non
 }
 
 template <class T>
-void ByIdHead<T>::backward(const Params<const T>& params, const Tape&, const Tokens<T>& tokens,
+void ByIdHead<T>::backward(const LinearParams<const T>& params, NoHeadTape, const Tokens<T>& tokens,
                            None, MatView<const T> dlogits, MatView<const T>, None, MatView<T> dx,
-                           const Params<T>& grad, None, const Context& context) const {
+                           const LinearParams<T>& grad, None, const Context& context) const {
   const Workspace::Frame frame(context.scratch);
-  const MatView<T> all = context.scratch.template take<T>(dlogits.rows, linear.experts);
+  const MatView<T> all = context.scratch.template take<T>(dlogits.rows, this->linear.experts);
   std::fill_n(all.data, all.size(), T(0));
   for (Index t = 0; t < dlogits.rows; ++t) {
     const std::span<T> own = columns<T>(all, tokens, t);
