@@ -89,7 +89,7 @@ template <class T>
 Index select_large(const Mass<T>& mass, std::span<const T> key, std::span<const T> share,
                    std::span<std::int32_t> order) noexcept {
   constexpr std::size_t kMost = 256;
-  if (key.size() > kMost || select_top_k<T>(key, order.first(1)) == 0) return 0;
+  if (key.empty() || key.size() > kMost || select_top_k<T>(key, order.first(1)) == 0) return 0;
   const auto best = static_cast<std::size_t>(order[0]);
   const T large = mass.target / static_cast<T>(key.size());
   const T limit = key[best] + math::log<T>(large / share[best]);
