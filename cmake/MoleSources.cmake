@@ -54,6 +54,7 @@ set(MOLE_SOURCES
     src/layers/dmoerm.cpp
     src/layers/home.cpp
     src/layers/recurrent_stack.cpp
+    src/layers/soft_slots.cpp
     src/losses/balance.cpp
     src/losses/choice_balance.cpp
     src/losses/device_balance.cpp
@@ -198,6 +199,8 @@ set(MOLE_HEADERS
     include/mole/layers/recurrent_stack.hpp
     include/mole/layers/rmoe.hpp
     include/mole/layers/session.hpp
+    include/mole/layers/soft_moe.hpp
+    include/mole/layers/soft_slots.hpp
     include/mole/losses/add_product.hpp
     include/mole/losses/balance.hpp
     include/mole/losses/choice_balance.hpp

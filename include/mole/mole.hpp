@@ -129,6 +129,8 @@
 #include "mole/layers/recurrent_stack.hpp"
 #include "mole/layers/rmoe.hpp"
 #include "mole/layers/session.hpp"
+#include "mole/layers/soft_moe.hpp"
+#include "mole/layers/soft_slots.hpp"
 
 #include "mole/algebra/adapter_scales.hpp"
 #include "mole/algebra/least_squares.hpp"
