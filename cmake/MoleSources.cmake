@@ -68,6 +68,7 @@ set(MOLE_SOURCES
     src/losses/supervised.cpp
     src/losses/z_loss.cpp
     src/optim/adamw.cpp
+    src/routers/attention.cpp
     src/routers/base.cpp
     src/routers/deepseek.cpp
     src/routers/dense.cpp
@@ -103,6 +104,7 @@ set(MOLE_SOURCES
     src/routers/tsallis.cpp
     src/routers/uncertainty.cpp
     src/routers/unit.cpp
+    src/routing/attention_head.cpp
     src/routing/call.cpp
     src/routing/entropy.cpp
     src/routing/limit.cpp
@@ -218,6 +220,7 @@ set(MOLE_HEADERS
     include/mole/losses/z_loss.hpp
     include/mole/mole.hpp
     include/mole/optim/adamw.hpp
+    include/mole/routers/attention.hpp
     include/mole/routers/base.hpp
     include/mole/routers/deepseek.hpp
     include/mole/routers/dense.hpp
@@ -253,6 +256,7 @@ set(MOLE_HEADERS
     include/mole/routers/tsallis.hpp
     include/mole/routers/uncertainty.hpp
     include/mole/routers/unit.hpp
+    include/mole/routing/attention_head.hpp
     include/mole/routing/balance_bias.hpp
     include/mole/routing/by_id_head.hpp
     include/mole/routing/call.hpp

@@ -31,6 +31,7 @@
 #include "mole/kernels/score_row.hpp"
 #include "mole/kernels/shared_low_rank.hpp"
 
+#include "mole/routing/attention_head.hpp"
 #include "mole/routing/balance_bias.hpp"
 #include "mole/routing/by_id_head.hpp"
 #include "mole/routing/call.hpp"
@@ -50,6 +51,7 @@
 #include "mole/routing/tokens.hpp"
 #include "mole/routing/top_k_rule.hpp"
 
+#include "mole/routers/attention.hpp"
 #include "mole/routers/base.hpp"
 #include "mole/routers/deepseek.hpp"
 #include "mole/routers/dense.hpp"

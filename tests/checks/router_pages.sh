@@ -18,7 +18,7 @@ using View = mole::MatView<V>;
 extern const mole::LoraBank<float> bank;
 extern const mole::LoraBank<float>::Weights experts;
 extern const View<const float> weight, bias, threshold_weight, threshold_bias, noise_weight,
-    hidden_weight, hidden_bias, down_weight, embedding, prototypes, threshold;
+    hidden_weight, hidden_bias, down_weight, embedding, prototypes, threshold, query, key, value;
 extern const mole::RecurrentStack<float>::Prepared stack_weights;
 extern const View<const float> x, contexts, gates, noise, pathway;
 extern const View<float> y, factor;

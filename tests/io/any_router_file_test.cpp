@@ -146,7 +146,7 @@ TEST_CASE("an AnyRouter is built from JSON and written as JSON") {
   CHECK(to_json(mole::describe(router)) == text);
   CHECK(thrown([] {
           AnyRouter<float>(mole::description_from_json(R"({"kind": "magic"})", "router.json"));
-        }).starts_with("unsupported: kind \"magic\" is unknown, expected one of base, deepseek, "));
+        }).starts_with("unsupported: kind \"magic\" is unknown, expected one of attention, "));
   const auto build = [](const char* json) {
     return thrown([&] { AnyRouter<float>(mole::description_from_json(json, "router.json")); });
   };

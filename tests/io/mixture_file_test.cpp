@@ -599,7 +599,7 @@ TEST_CASE("kinds that only the caller knows are loaded, not checked") {
   const auto bytes = pieces.bytes();
   const MixtureFile file = parse(bytes);
   const std::string start =
-      R"(unsupported: f: mixture "a": kind "mine" is unknown, expected one of base, deepseek, )";
+      R"(unsupported: f: mixture "a": kind "mine" is unknown, expected one of attention, base, )";
   CHECK(thrown([&] { file.check(file.only()); }).starts_with(start));
 }
 

@@ -6,6 +6,7 @@
 
 #include "mole/io/mixture_file.hpp"
 #include "mole/layers/session.hpp"
+#include "mole/routers/attention.hpp"
 #include "mole/routers/grouped.hpp"
 #include "mole/routers/mlp.hpp"
 #include "mole/routers/near_best.hpp"
@@ -78,6 +79,8 @@ TEST_CASE("routers with learned heads come back from a file") {
   check_round_trip(
       mole::MlpRouter<float>({.width = kIn, .experts = kExperts, .hidden = 5, .bias = false}),
       {"hidden.weight", "output.weight"});
+  check_round_trip(mole::AttentionRouter<float>({.width = kIn, .experts = kExperts}),
+                   {"key.weight", "query.weight", "value.weight"});
   check_round_trip(mole::LowRankRouter<float>({.width = kIn, .experts = kExperts, .rank = 2}),
                    {"hidden.weight", "output.weight"});
   check_round_trip(

@@ -411,7 +411,7 @@ TEST_CASE("mixtures and adapted linear maps with an AnyRouter train with the sam
 TEST_CASE("an AnyRouter refuses an unknown kind, naming those it knows") {
   const std::string text = thrown([] { AnyRouter<float>(of_kind("top_q")); });
   CHECK(text.starts_with(
-      "unsupported: kind \"top_q\" is unknown, expected one of base, deepseek, dense, "));
+      "unsupported: kind \"top_q\" is unknown, expected one of attention, base, "));
   CHECK(text.ends_with(", unit"));
   CHECK(thrown([] { AnyRouter<float>(of_kind("top_k")); }) ==
         R"(config_error: "top_k": field "width" is missing)");

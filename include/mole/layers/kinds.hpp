@@ -15,6 +15,7 @@
 #include "mole/experts/modulated_bank.hpp"
 #include "mole/experts/shared_down_bank.hpp"
 #include "mole/experts/shared_up_bank.hpp"
+#include "mole/routers/attention.hpp"
 #include "mole/routers/base.hpp"
 #include "mole/routers/deepseek.hpp"
 #include "mole/routers/dense.hpp"
@@ -56,6 +57,7 @@ struct TypeList {};
 // clang-format off
 template <class T>
 using RouterTypes = TypeList<
+    AttentionRouter<T>,
     BaseRouter<T>,
     DeepSeekRouter<T>,
     DenseRouter<T>,

@@ -16,7 +16,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -33,10 +32,7 @@ namespace mole::inline MOLE_ABI {
 template <class T>
 class TopKRouter {
  public:
-  enum class Order { score_then_topk, topk_then_score };
-  friend constexpr std::array<std::string_view, 2> enum_names(Order) noexcept {
-    return {"score_then_topk", "topk_then_score"};
-  }
+  using Order = TopKOrder;
 
   struct Config {
     Index width = 0, experts = 0;

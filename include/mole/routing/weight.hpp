@@ -9,14 +9,22 @@
 // where every score underflows. One selected expert then has the gate `scale` and no gradient.
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <span>
+#include <string_view>
 
 #include "mole/core/config.hpp"
 #include "mole/routing/score.hpp"
 
 namespace mole::inline MOLE_ABI {
+
+/// What a top-k does first. It says what softmax sums over: all experts, or the selected.
+enum class TopKOrder { score_then_topk, topk_then_score };
+constexpr std::array<std::string_view, 2> enum_names(TopKOrder) noexcept {
+  return {"score_then_topk", "topk_then_score"};
+}
 
 template <class T>
 struct Weighting {
