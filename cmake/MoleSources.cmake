@@ -61,6 +61,7 @@ set(MOLE_SOURCES
     src/losses/entropy.cpp
     src/losses/importance.cpp
     src/losses/noisy_load.cpp
+    src/losses/prototype_spread.cpp
     src/losses/routing_contrastive.cpp
     src/losses/shifted_balance.cpp
     src/losses/soft_balance.cpp
@@ -210,6 +211,7 @@ set(MOLE_HEADERS
     include/mole/losses/entropy.hpp
     include/mole/losses/importance.hpp
     include/mole/losses/noisy_load.hpp
+    include/mole/losses/prototype_spread.hpp
     include/mole/losses/pull.hpp
     include/mole/losses/routing_contrastive.hpp
     include/mole/losses/shifted_balance.hpp
@@ -217,6 +219,7 @@ set(MOLE_HEADERS
     include/mole/losses/sparsity.hpp
     include/mole/losses/supervised.hpp
     include/mole/losses/token_mask.hpp
+    include/mole/losses/unit_row.hpp
     include/mole/losses/z_loss.hpp
     include/mole/mole.hpp
     include/mole/optim/adamw.hpp

@@ -104,6 +104,7 @@
 #include "mole/losses/entropy.hpp"
 #include "mole/losses/importance.hpp"
 #include "mole/losses/noisy_load.hpp"
+#include "mole/losses/prototype_spread.hpp"
 #include "mole/losses/pull.hpp"
 #include "mole/losses/routing_contrastive.hpp"
 #include "mole/losses/shifted_balance.hpp"
@@ -111,6 +112,7 @@
 #include "mole/losses/sparsity.hpp"
 #include "mole/losses/supervised.hpp"
 #include "mole/losses/token_mask.hpp"
+#include "mole/losses/unit_row.hpp"
 #include "mole/losses/z_loss.hpp"
 
 #include "mole/layers/adapted_ffn.hpp"

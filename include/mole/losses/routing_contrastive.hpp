@@ -26,6 +26,7 @@
 #include "mole/kernels/math.hpp"
 #include "mole/losses/add_product.hpp"
 #include "mole/losses/token_mask.hpp"
+#include "mole/losses/unit_row.hpp"
 #include "mole/routing/routing.hpp"
 #include "mole/routing/score.hpp"
 
@@ -70,7 +71,7 @@ class Contrast {
         count_(context.scratch.take<double>(experts_)) {
     for (Index i = 0; i < experts_; ++i) {
       std::ranges::copy(prototypes.row(i), p_.row(i).begin());
-      p_norm_[i] = normalise(p_.row(i));
+      p_norm_[i] = normalise_row(p_.row(i));
     }
   }
 
@@ -89,7 +90,7 @@ class Contrast {
       if (count_[e] == 0) continue;
       ++active;
       for (double& v : m_.row(e)) v /= count_[e];
-      m_norm_[e] = normalise(m_.row(e));
+      m_norm_[e] = normalise_row(m_.row(e));
     }
     return active;
   }
@@ -124,14 +125,14 @@ class Contrast {
       const std::span<double> d = dm_.row(0);
       std::ranges::fill(d, 0.0);
       for_each_active([&](Index j) { add_row(cosine_(i, j), m_.row(j), d); });
-      unnormalise(p_.row(i), p_norm_[i], d);
+      normalise_row_backward(p_.row(i), p_norm_[i], d);
       for (Index c = 0; c < x_.cols; ++c) dprototypes(i, c) += static_cast<T>(d[c]);
     }
     if (dx.data == nullptr) return;
     for_each_active([&](Index j) {
       std::ranges::fill(dm_.row(j), 0.0);
       for_each_active([&](Index i) { add_row(cosine_(i, j), p_.row(i), dm_.row(j)); });
-      unnormalise(m_.row(j), m_norm_[j], dm_.row(j));
+      normalise_row_backward(m_.row(j), m_norm_[j], dm_.row(j));
     });
     for (Index t = begin; t < end; ++t) {
       for_each_expert(t, [&](Index e) {
@@ -141,27 +142,6 @@ class Contrast {
   }
 
  private:
-  static constexpr double kSmallestNorm = 1e-12;
-
-  static double normalise(std::span<double> row) {
-    double sum = 0;
-    for (const double v : row) sum = std::fma(v, v, sum);
-    const double norm = std::max(std::sqrt(sum), kSmallestNorm);
-    for (double& v : row) v /= norm;
-    return norm;
-  }
-  /// The gradient by a row from that by its unit vector.
-  static void unnormalise(std::span<const double> unit, double norm, std::span<double> d) {
-    double along = 0;
-    for (std::size_t c = 0; c < d.size() && norm > kSmallestNorm; ++c) {
-      along = std::fma(unit[c], d[c], along);
-    }
-    for (std::size_t c = 0; c < d.size(); ++c) d[c] = std::fma(-along, unit[c], d[c]) / norm;
-  }
-  static void add_row(double factor, std::span<const double> row, std::span<double> sum) {
-    for (std::size_t c = 0; c < row.size(); ++c) sum[c] = std::fma(factor, row[c], sum[c]);
-  }
-
   template <class F>
   void for_each_active(F f) {
     for (Index e = 0; e < experts_; ++e) {

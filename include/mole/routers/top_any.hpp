@@ -10,7 +10,7 @@
 // is exact.
 //
 // Guo et al., "Dynamic Mixture of Experts: An Auto-Tuning Approach for Efficient Transformer
-// Models", 2024 (DynMoE).
+// Models", 2024 (DynMoE). Its losses on the prototypes: losses/prototype_spread.hpp.
 #pragma once
 
 #include <cmath>
