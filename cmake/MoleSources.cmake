@@ -59,6 +59,7 @@ set(MOLE_SOURCES
     src/losses/choice_balance.cpp
     src/losses/device_balance.cpp
     src/losses/entropy.cpp
+    src/losses/excess_balance.cpp
     src/losses/importance.cpp
     src/losses/noisy_load.cpp
     src/losses/prototype_spread.cpp
@@ -209,6 +210,7 @@ set(MOLE_HEADERS
     include/mole/losses/choice_balance.hpp
     include/mole/losses/device_balance.hpp
     include/mole/losses/entropy.hpp
+    include/mole/losses/excess_balance.hpp
     include/mole/losses/importance.hpp
     include/mole/losses/noisy_load.hpp
     include/mole/losses/prototype_spread.hpp

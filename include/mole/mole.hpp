@@ -102,6 +102,7 @@
 #include "mole/losses/choice_balance.hpp"
 #include "mole/losses/device_balance.hpp"
 #include "mole/losses/entropy.hpp"
+#include "mole/losses/excess_balance.hpp"
 #include "mole/losses/importance.hpp"
 #include "mole/losses/noisy_load.hpp"
 #include "mole/losses/prototype_spread.hpp"
