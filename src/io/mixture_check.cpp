@@ -72,9 +72,7 @@ void expect_buffers(const R& router, const SafeTensors& file, const MixtureRecor
     memory.push_back(file.read<T>(record.tensor(path)));
     values = memory.back();
   });
-  if constexpr (requires { router.require_buffers(buffers); }) {
-    detail::with_context(plan.where(), [&] { router.require_buffers(buffers); });
-  }
+  detail::require_read_buffers(plan.where(), router, buffers);
 }
 
 }  // namespace

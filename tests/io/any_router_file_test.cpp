@@ -133,8 +133,11 @@ TEST_CASE("a buffer in a file that the router does not read is refused") {
   mole::MixtureRecord record = mixtures.only();
   record.layer = mole::describe(dense);
   CHECK(thrown([&] { mixtures.load<AnyMixture>(record); }) ==
-        "invalid_argument: f: mixture \"a\": buffers.selection_bias: a router of kind dense does "
+        "config_error: f: mixture \"a\": buffers.selection_bias: a router of kind dense does "
         "not read it");
+  CHECK(
+      thrown([&] { mixtures.check(record); }) ==
+      R"(config_error: f: mixture "a": tensor "a.buffers.selection_bias" is no part of this layer)");
 }
 
 TEST_CASE("an AnyRouter is built from JSON and written as JSON") {

@@ -101,6 +101,20 @@ auto with_context(const std::string& where, F call) {
   }
 }
 
+/// Asks the router whether buffers that were read from a file fit. What it calls an invalid
+/// argument is a fault of the file here: config_error.
+template <class R, class Buffers>
+void require_read_buffers(const std::string& where, const R& router, const Buffers& buffers) {
+  if constexpr (requires { router.require_buffers(buffers); }) {
+    try {
+      router.require_buffers(buffers);
+    } catch (const Error& error) {
+      const bool is_argument = error.code() == Errc::invalid_argument;
+      fail(is_argument ? Errc::config_error : error.code(), where, ": ", error.what());
+    }
+  }
+}
+
 /// f(path, values) for every buffer; a router without buffers has none.
 template <class Buffers, class F>
 void visit_buffers(Buffers& buffers, F&& f) {
@@ -287,11 +301,7 @@ LoadedMixture<Layer> MixtureFile::load(const MixtureRecord& record) const {
     values = loaded.buffer_memory_.emplace(path, file_.read<T>(record.tensor(path))).first->second;
   });
   plan.finish();
-  detail::with_context(plan.where(), [&] {
-    if constexpr (requires { loaded.layer_.router().require_buffers(loaded.buffers_); }) {
-      loaded.layer_.router().require_buffers(loaded.buffers_);
-    }
-  });
+  detail::require_read_buffers(plan.where(), loaded.layer_.router(), loaded.buffers_);
   StoredParams<Layer>::visit(
       [&]<class V>(const Leaf& leaf, const MatView<V>& view) {
         if (view.rows == 0 && view.cols == 0) return;
