@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "mole/core/named_views.hpp"
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -44,6 +45,16 @@ struct Many {
     for (std::size_t i = 0; i <= mole::kMostNamedViews; ++i) {
       f(Leaf{"v", static_cast<Index>(i)}, p.views[i]...);
     }
+  }
+};
+
+/// As many tensors as it happens to have.
+struct Listed {
+  std::vector<MatView<float>> views;
+  template <class F, class... P>
+  static void visit(F&& f, P&... p) {
+    const std::size_t count = std::min({p.views.size()...});
+    for (std::size_t i = 0; i < count; ++i) f(Leaf{"v", static_cast<Index>(i)}, p.views[i]...);
   }
 };
 
@@ -113,6 +124,16 @@ TEST_CASE("views without names take those of the others, other names are refused
   CHECK(thrown([&] { none.at("c"); }) == "not_found: there is no tensor c, expected one of none");
   CHECK(thrown([&] { NamedViews<float>::of(Many()); }) ==
         "limit_exceeded: named views: 13 tensors, at most 12 have room");
+}
+
+TEST_CASE("a struct whose tensors depend on its contents has no named views") {
+  CHECK(NamedViews<float>::of(Listed()).paths().empty());
+  for (const std::size_t count : {std::size_t{1}, mole::kMostNamedViews + 1}) {
+    const Listed listed{std::vector<MatView<float>>(count)};
+    CHECK(thrown([&] {
+            NamedViews<float>::of(listed);
+          }).starts_with("unsupported: named views: how many tensors there are depends"));
+  }
 }
 
 TEST_CASE("a placed object is found by its type alone") {

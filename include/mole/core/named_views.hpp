@@ -46,13 +46,19 @@ class NamedViews {
   /// Without names: every tensor is absent.
   NamedViews() = default;
 
-  /// The views of a parameter struct. Throws limit_exceeded above kMostNamedViews.
+  /// The views of a parameter struct. Throws limit_exceeded above kMostNamedViews, unsupported if
+  /// an empty struct of its type visits fewer tensors.
   template <class P>
   static NamedViews of(const P& params) {
     NamedViews views;
     views.paths_ = &leaf_paths<P>();
     std::size_t i = 0;
-    P::visit([&](const Leaf&, const auto& view) { views.views_[i++] = view; }, params);
+    P::visit(
+        [&](const Leaf&, const auto& view) {
+          views.require_room(i);
+          views.views_[i++] = view;
+        },
+        params);
     return views;
   }
 
@@ -64,7 +70,12 @@ class NamedViews {
     if (paths_ == nullptr) return params;
     require_same_paths(leaf_paths<P>());
     std::size_t i = 0;
-    P::visit([&](const Leaf&, auto& view) { view = views_[i++]; }, params);
+    P::visit(
+        [&](const Leaf&, auto& view) {
+          require_room(i);
+          view = views_[i++];
+        },
+        params);
     return params;
   }
 
@@ -106,6 +117,11 @@ class NamedViews {
     std::string text;
     for (const std::string& name : names) text.append(text.empty() ? "" : ", ").append(name);
     return text.empty() ? "none" : text;
+  }
+  void require_room(std::size_t i) const {
+    require(i < paths_->size(), Errc::unsupported,
+            "named views: how many tensors there are depends on their contents, expected always ",
+            paths_->size());
   }
   void require_same_paths(const std::vector<std::string>& paths) const {
     if (paths_ == &paths || *paths_ == paths) return;
