@@ -193,6 +193,7 @@ set(MOLE_HEADERS
     include/mole/layers/dmoerm.hpp
     include/mole/layers/home.hpp
     include/mole/layers/kinds.hpp
+    include/mole/layers/layer_checks.hpp
     include/mole/layers/layer_input.hpp
     include/mole/layers/lora.hpp
     include/mole/layers/mixture.hpp

@@ -124,6 +124,7 @@
 #include "mole/layers/dmoerm.hpp"
 #include "mole/layers/home.hpp"
 #include "mole/layers/kinds.hpp"
+#include "mole/layers/layer_checks.hpp"
 #include "mole/layers/layer_input.hpp"
 #include "mole/layers/lora.hpp"
 #include "mole/layers/mixture.hpp"

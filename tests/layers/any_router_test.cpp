@@ -8,6 +8,7 @@
 
 #include "contracts/router_contract.hpp"
 #include "mole/layers/owned_weights.hpp"
+#include "mole/layers/pass_through.hpp"
 #include "mole/layers/session.hpp"
 #include "mole/routing/rule_router.hpp"
 #include "support/alloc_counter.hpp"
@@ -433,6 +434,19 @@ TEST_CASE("an AnyRouter refuses buffers that its router does not read or that do
         "shape_mismatch: buffers.uniform: expected one row, got 11");
   CHECK(thrown([&] { AnyRouter<float>(StrangeRouter({.width = 3, .experts = 2})); }) ==
         "unsupported: AnyRouter: a router of kind dense has buffers that AnyRouterBuffers lacks");
+}
+
+TEST_CASE("an AnyRouter without scores lets no token pass through") {
+  const auto make = [](const AnyRouter<float>& router) {
+    const mole::LoraBank<float> bank({.in = 3, .out = 3, .rank = {1, 2}, .scale = {1, 1}});
+    mole::PassThrough<mole::Mixture<AnyRouter<float>, mole::LoraBank<float>>>({router, bank});
+  };
+  CHECK(thrown([&] {
+          make(AnyRouter<float>(mole::UnitRouter<float>({.width = 3, .experts = 2})));
+        }).starts_with("unsupported: PassThrough: the router keeps no scores"));
+  CHECK(thrown([&] {
+          make(AnyRouter<float>(mole::SwitchRouter<float>({.width = 3, .experts = 2})));
+        }) == "nothing");
 }
 
 TEST_CASE("an AnyRouter refuses what a router of another type has prepared or recorded") {

@@ -38,7 +38,9 @@ struct Trial : test::LayerTrial<T> {
   std::size_t scratch_bytes(int) const { return layer.scratch_bytes(kSequences); }
   void forward(const mole::Context& context) {
     mole::Workspace packing = this->packing(layer.prepared_bytes());
-    layer.forward(layer.prepare(params, packing), tokens(), category, this->y, tape, context);
+    const auto prepared = layer.prepare(params, packing);
+    this->packed();
+    layer.forward(prepared, tokens(), category, this->y, tape, context);
   }
   void backward(const mole::Context& context) {
     layer.backward(params, tape, tokens(), this->dy, x.gradient, grad, context);
@@ -87,6 +89,41 @@ TEST_CASE("DMoERM's mixture phase trains the mixture alone", "[layers]") {
   }
 }
 
+TEST_CASE("DMoERM computes with a copy of its parameters", "[layers]") {
+  test::check_snapshot<BaseTrial<double>>();
+  test::check_snapshot<AdapterTrial<float>>();
+  test::check_snapshot<MixtureTrial<double>>();
+}
+
+TEST_CASE("DMoERM with too little scratch has not begun to write", "[layers]") {
+  test::check_scratch<AdapterTrial<double>>(false);
+  test::check_scratch<AdapterTrial<double>>(true);
+  test::check_scratch<MixtureTrial<double>>(true);
+}
+
+TEST_CASE("DMoERM refuses to go back through other sequences", "[layers]") {
+  AdapterTrial<double> trial;
+  test::run(trial, true);
+  const auto before = trial.results();
+  mole::Buffer block(trial.scratch_bytes(1));
+  mole::Workspace scratch(block.span());
+  const auto refused = [&] {
+    CHECK_THROWS_AS(trial.backward(mole::Context{.scratch = scratch}), mole::Error);
+    CHECK(test::bit_difference(trial.results(), before) == "");
+  };
+  const auto begin = trial.begin;
+  trial.begin = {0, 5, 7, 8, 14, 20, 22, 23};
+  refused();
+  trial.begin = {0, 5, 7, 8, 14, 20, 40};
+  refused();
+  trial.begin = begin;
+  trial.mask.pop_back();
+  refused();
+  trial.mask.push_back(0);
+  trial.backward(mole::Context{.scratch = scratch});
+  CHECK(test::bit_difference(trial.results(), before) != "");
+}
+
 TEST_CASE("DMoERM reads the last real token of a sequence", "[layers]") {
   AdapterTrial<double> trial;
   test::run(trial, false);
@@ -114,4 +151,9 @@ TEST_CASE("DMoERM refuses categories and shapes that do not fit", "[layers]") {
   CHECK_THROWS_WITH(
       mole::Dmoerm<double>({.width = 3, .categories = 2, .adapters = 2, .rank = 1, .adapter = 2}),
       "Dmoerm: adapter: expected below adapters, got 2");
+  constexpr Index kMany = Index{1} << 31;  // 2^33 adapters of rank 2^31: no product of them fits
+  CHECK_THROWS_WITH(
+      mole::Dmoerm<double>({.width = 1, .categories = 4, .adapters = kMany, .rank = kMany}),
+      "Dmoerm: 4 categories of 2147483648 adapters of width 1 and rank 2147483648 "
+      "have 9223372036854775807 rows, the limit is 2147483648");
 }

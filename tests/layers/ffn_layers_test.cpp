@@ -14,6 +14,7 @@
 #include "mole/routers/hard_top_k.hpp"
 #include "mole/routers/switch.hpp"
 #include "mole/routers/top_k.hpp"
+#include "mole/routers/unit.hpp"
 #include "support/compare.hpp"
 
 namespace {
@@ -343,4 +344,83 @@ TEST_CASE("feed-forward layers refuse what does not fit", "[layers]") {
                                    mole::Context{scratch});
              }),
              ContainsSubstring("AdaptedFfn: dropout"));
+}
+
+TEST_CASE("PassThrough refuses a router without scores", "[layers]") {
+  using Unit = mole::Mixture<mole::UnitRouter<double>, mole::LoraBank<double>>;
+  const Unit mixture(mole::UnitRouter<double>({.width = kIn, .experts = kExperts}),
+                     lora<double>(kIn, kIn));
+  CHECK_THAT(refusal([&] { mole::PassThrough<Unit>{mixture}; }),
+             ContainsSubstring("PassThrough: the router keeps no scores of the experts"));
+}
+
+TEST_CASE("AdaptedFfn with too little scratch has not begun to write", "[layers]") {
+  test::check_scratch<AdaptedTrial<double>>(true);
+  AdaptedTrial<double> trial;
+  mole::Workspace packing = trial.packing(trial.layer.prepared_bytes());
+  const auto prepared = trial.layer.prepare(trial.weights(), packing);
+  const std::size_t enough = trial.scratch_bytes(1);
+  trial.fill(trial.y, 1);
+  const std::vector<double> before = trial.results();
+  for (const bool recorded : {false, true}) {
+    int refused = 0;
+    for (std::size_t bytes = 0; bytes + mole::kAlignment < enough; bytes += enough / 97) {
+      mole::Buffer block(bytes);
+      mole::Workspace scratch(block.span());
+      refused += refusal([&] {
+                   trial.layer.forward(prepared, {}, trial.layer_input(), {}, trial.y, {},
+                                       recorded ? &trial.tape : nullptr, mole::Context{scratch});
+                 }).starts_with("scratch: ");
+      REQUIRE(test::bit_difference(trial.results(), before) == "");
+    }
+    CHECK(refused > 90);
+  }
+}
+
+TEST_CASE("AdaptedFfn refuses to go back before it has added anything", "[layers]") {
+  using Layer = AdaptedTrial<double>::Layer;
+  AdaptedTrial<double> trial;
+  test::run(trial, true);
+  const std::vector<double> before = trial.results();
+  mole::Buffer block(trial.scratch_bytes(1));
+  mole::Workspace scratch(block.span());
+  const auto refused = [&] {
+    const std::string text = refusal([&] { trial.backward(mole::Context{scratch}); });
+    CHECK(test::bit_difference(trial.results(), before) == "");
+    return text;
+  };
+  for (const auto matrix : {Layer::kGate, Layer::kUp, Layer::kDown}) {
+    trial.grad.matrix[matrix].experts.out += 1;
+    CHECK_THAT(refused(), ContainsSubstring("LoraBank gradient: expected"));
+    trial.grad.matrix[matrix].experts.out -= 1;
+  }
+  const MatView<double> dx = trial.x.gradient, dy = trial.dy;
+  trial.x.gradient = trial.x.value;
+  CHECK_THAT(refused(), ContainsSubstring("dx: overlaps x"));
+  trial.x.gradient = dx;
+  trial.dy = dy.col_block(0, kOut - 1);
+  CHECK_THAT(refused(), ContainsSubstring("dy: expected [19, 5], got [19, 4]"));
+  trial.dy = dy;
+  CHECK(refusal([&] { trial.backward(mole::Context{scratch}); }) == "accepted");
+}
+
+TEST_CASE("PassThrough that refuses to go back leaves the gradient of the scores", "[layers]") {
+  PassingTrial<double> trial;
+  test::run(trial, false);
+  mole::Buffer block(trial.scratch_bytes(1));
+  mole::Workspace scratch(block.span()), none;
+  const auto check = [&](mole::Workspace& memory, bool accepted) {
+    const std::string text = refusal([&] { trial.backward(mole::Context{memory}); });
+    CHECK((text == "accepted") == accepted);
+    const MatView<double> prob = trial.d_tape.prob;
+    CHECK((test::weighted_sum(prob, prob) == 0) == !accepted);
+  };
+  check(none, false);
+  trial.grad.router.weight.rows -= 1;
+  check(scratch, false);
+  trial.grad.router.weight.rows += 1;
+  trial.grad.experts.up.in += 1;
+  check(scratch, false);
+  trial.grad.experts.up.in -= 1;
+  check(scratch, true);
 }

@@ -52,7 +52,9 @@ struct Trial : test::LayerTrial<T> {
   std::size_t scratch_bytes(int workers) const { return layer.scratch_bytes(kTokens, workers); }
   void forward(const mole::Context& context) {
     mole::Workspace packing = this->packing(layer.prepared_bytes());
-    layer.forward(layer.prepare(params, packing), buffers, x.value, this->y, tape, context);
+    const auto prepared = layer.prepare(params, packing);
+    this->packed();
+    layer.forward(prepared, buffers, x.value, this->y, tape, context);
   }
   void backward(const mole::Context& context) {
     layer.backward(params, buffers, tape, x.value, this->dy, x.gradient, grad, context);
@@ -84,6 +86,12 @@ TEST_CASE("HoME keeps what every layer keeps", "[layers]") {
   test::check_layer<Batch>();
   test::check_layer<BatchAtRest>();
   test::check_layer<Plain>();
+}
+
+TEST_CASE("HoME computes with a copy of its parameters", "[layers]") {
+  test::check_snapshot<Layered<double>>();
+  test::check_snapshot<Rms<float>>();
+  test::check_snapshot<BatchAtRest<double>>();
 }
 
 TEST_CASE("in HoME a task without experts is silent, and unseen experts learn nothing",

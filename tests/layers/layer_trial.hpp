@@ -4,7 +4,7 @@
 //   template <class T> struct MyTrial : LayerTrial<T> {
 //     MyTrial()                               registers every tensor that has a gradient
 //     std::size_t scratch_bytes(int workers)
-//     void forward(const Context&)            packs the parameters, writes y
+//     void forward(const Context&)            packs the parameters, says packed(), writes y
 //     void backward(const Context&)           adds into the gradients, for dy
 //   };
 //
@@ -12,6 +12,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 #include <memory>
 #include <string>
 #include <vector>
@@ -29,9 +30,11 @@ namespace test {
 
 template <class T>
 struct LayerTrial {
+  using Scalar = T;
   struct Tensor {
     std::string name;
     MatView<T> value, gradient;
+    bool is_parameter = false;
   };
 
   LayerTrial() = default;
@@ -69,9 +72,18 @@ struct LayerTrial {
         [&](const mole::Leaf& leaf, const auto& value, const auto& gradient) {
           if (value.empty()) return;
           fill(value, size);
-          tensors.push_back({leaf.path(), value, gradient});
+          tensors.push_back({leaf.path(), value, gradient, true});
         },
         params, grad);
+  }
+  /// Said by `forward` once the parameters are packed.
+  void packed() const {
+    for (const Tensor& tensor : tensors) {
+      if (!spoils || !tensor.is_parameter) continue;
+      for (Index r = 0; r < tensor.value.rows; ++r) {
+        std::ranges::fill(tensor.value.row(r), std::numeric_limits<T>::quiet_NaN());
+      }
+    }
   }
   /// Memory of exactly the size that the layer says it needs, filled with NaN.
   mole::Workspace& exact(std::size_t bytes) {
@@ -112,6 +124,7 @@ struct LayerTrial {
   mole::Workspace memory{block_.span()};
   std::vector<Tensor> tensors;
   MatView<T> y, dy;
+  bool spoils = false;  ///< packed parameters become NaN where they came from
 };
 
 /// One forward and backward with exactly the scratch memory that the layer asks for.
@@ -173,6 +186,51 @@ void check_allocations() {
   trial.backward(context);
   CHECK(allocations() - before == 0);
   CHECK(scratch.free_bytes() == free);
+}
+
+/// Packed parameters are a copy: what becomes of the others changes no bit.
+template <class Trial>
+void check_snapshot() {
+  Trial trial;
+  run(trial, false);
+  const auto expected = trial.results();
+  trial.spoils = true;
+  run(trial, false);
+  CHECK(bit_difference(trial.results(), expected) == "");
+}
+
+/// A call with less scratch than the layer needs is refused before anything is written; with what
+/// the layer asks for, it is not.
+template <class Trial>
+void check_scratch(bool backward) {
+  Trial trial;
+  run(trial, true);
+  for (MatView<typename Trial::Scalar> view : {trial.y, trial.dy}) trial.fill(view, 1);
+  const auto call = [&](const mole::Context& context) {
+    backward ? trial.backward(context) : trial.forward(context);
+  };
+  const auto before = trial.results();
+  const std::size_t enough = trial.scratch_bytes(1), step = enough / 97 + 1;
+  int refused = 0;
+  for (std::size_t bytes = 0; bytes + mole::kAlignment < enough; bytes += step) {
+    mole::Buffer block(bytes);
+    mole::Workspace scratch(block.span());
+    mole::Errc code{};
+    try {
+      call(mole::Context{.scratch = scratch});
+    } catch (const mole::Error& error) {
+      code = error.code();
+    }
+    if (code == mole::Errc{}) break;
+    REQUIRE(code == mole::Errc::out_of_memory);
+    REQUIRE(bit_difference(trial.results(), before) == "");
+    ++refused;
+  }
+  CHECK(refused > 10);
+  mole::Buffer block(enough);
+  mole::Workspace scratch(block.span());
+  call(mole::Context{.scratch = scratch});
+  CHECK(bit_difference(trial.results(), before) != "");
 }
 
 /// Exact gradients, the same bits for any number of workers, no allocation.

@@ -42,7 +42,9 @@ struct Trial : test::LayerTrial<T> {
   std::size_t scratch_bytes(int workers) const { return layer.scratch_bytes(kTokens, workers); }
   void forward(const mole::Context& context) {
     mole::Workspace packing = this->packing(layer.prepared_bytes());
-    layer.forward(layer.prepare(weights(), packing), {}, x.value, this->y, tape, context);
+    const auto prepared = layer.prepare(weights(), packing);
+    this->packed();
+    layer.forward(prepared, {}, x.value, this->y, tape, context);
   }
   void backward(const mole::Context& context) {
     mole::params::zero(d_tape);
@@ -65,6 +67,11 @@ using Released = Trial<T, true>;
 TEST_CASE("MoFME's block keeps what every layer keeps", "[layers]") {
   test::check_layer<Intended>();
   test::check_layer<Released>();
+}
+
+TEST_CASE("MoFME's block computes with a copy of its parameters", "[layers]") {
+  test::check_snapshot<Intended<double>>();
+  test::check_snapshot<Released<float>>();
 }
 
 TEST_CASE("in MoFME's released list the last modulation is never used", "[layers]") {

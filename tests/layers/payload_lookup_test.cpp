@@ -2,6 +2,8 @@
 // A bank of payloads that is looked up by key and adapted by a mixture.
 #include "mole/layers/payload_lookup.hpp"
 
+#include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "layers/layer_case.hpp"
@@ -21,13 +23,13 @@ constexpr Index kQueries = 5, kQueryWidth = 6, kEntries = 7, kTake = 2, kRows = 
                 kExperts = 4;
 
 template <class T>
-Lookup<T> make_lookup(Index width = kWidth) {
+Lookup<T> make_lookup(Index width = kWidth, bool bias = false) {
   return {mole::PrototypeRouter<T>({.width = kQueryWidth,
                                     .experts = kEntries,
                                     .k = kTake,
                                     .weight = mole::PrototypeWeight::unit}),
           {mole::DenseRouter<T>({.width = kQueryWidth, .experts = kExperts}),
-           test::make_bank<T>(width, width, kExperts)},
+           test::make_bank<T>(width, width, kExperts, bias)},
           kRows};
 }
 
@@ -38,8 +40,9 @@ class Example {
   using Layer = Lookup<T>;
   using Params = typename Layer::template Params<T>;
 
-  explicit Example(int workers = 1)
-      : block_(std::size_t{1} << 20),
+  explicit Example(int workers = 1, bool bias = false)
+      : layer(make_lookup<T>(kWidth, bias)),
+        block_(std::size_t{1} << 20),
         memory_(block_.span()),
         prepared_block_(layer.prepared_bytes()),
         tape_block_(layer.tape_bytes(kQueries)),
@@ -87,8 +90,18 @@ class Example {
     mole::pull_loss<T>(0.5, tape.found.view(), tape.lookup.logits, d_lookup.logits);
     layer.backward(weights(), tape, query, dy, d_lookup, d_adapter, dquery, grad, context);
   }
+  /// A call with the gradients as they are.
+  mole::Errc backward_code(const Params& to, mole::MatView<const T> from,
+                           const mole::Context& with) {
+    try {
+      layer.backward(weights(), tape, query, from, d_lookup, d_adapter, dquery, to, with);
+    } catch (const mole::Error& error) {
+      return error.code();
+    }
+    return mole::Errc{};
+  }
 
-  Layer layer = make_lookup<T>();
+  Layer layer;
 
  private:
   Params make_params() {
@@ -183,6 +196,77 @@ TEST_CASE("A payload lookup allocates nothing and leaves rows without an entry 0
   CHECK(std::isfinite(mole::params::norm(example.grad.lookup)));
 }
 
+TEST_CASE("Rows without an entry are 0 under experts with biases, and nothing learns from them",
+          "[layers]") {
+  Example<double> example(1, true);
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  for (Index e = 1; e < kEntries; ++e) example.params.lookup.prototypes(e, 0) = nan;
+  example.prepare();
+  for (const bool recorded : {false, true}) {
+    example.forward(recorded);
+    for (Index r = 0; r < example.y.rows(); ++r) {
+      const auto row = example.y.view().row(r);
+      const bool missing = r / kRows % kTake == 1;
+      CHECK(std::ranges::all_of(row, [](double v) { return v == 0; }) == missing);
+    }
+  }
+  REQUIRE(example.tape.entry[0] == 0);
+  REQUIRE(example.tape.entry[1] == -1);
+  const auto gradients = [&] {
+    example.backward();
+    std::vector<double> all;
+    const auto append = [&](const auto&, const auto& view) {
+      for (Index r = 0; r < view.rows; ++r) {
+        all.insert(all.end(), view.row(r).begin(), view.row(r).end());
+      }
+    };
+    Example<double>::Params::visit(append, example.grad);
+    append(0, example.dquery.view());
+    return all;
+  };
+  const std::vector<double> expected = gradients();
+  for (Index r = 0; r < example.dy.rows(); ++r) {
+    if (r / kRows % kTake == 1) std::ranges::fill(example.dy.view().row(r), 100);
+  }
+  CHECK(test::bit_difference(gradients(), expected) == "");
+  CHECK(mole::params::norm(example.grad.adapter) > 0.01);
+}
+
+TEST_CASE("A payload lookup that is refused has not begun to write", "[layers]") {
+  Example<double> example;
+  example.loss();
+  example.backward();
+  const double norm = mole::params::norm(example.grad);
+  const auto refused = [&](const Example<double>::Params& to, const mole::Context& with) {
+    const mole::Errc code = example.backward_code(to, example.dy, with);
+    CHECK(mole::params::norm(example.grad) == norm);
+    return code;
+  };
+  auto grad = example.grad;
+  grad.lookup.prototypes.rows -= 1;
+  CHECK(refused(grad, example.context) == mole::Errc::shape_mismatch);
+  const std::size_t enough = example.layer.scratch_bytes(kQueries, 1);
+  for (Index r = 0; r < example.y.rows(); ++r) std::ranges::fill(example.y.view().row(r), 3);
+  const Matrix<double> before = example.y;
+  int forward_refused = 0;
+  for (std::size_t bytes = 0; bytes + mole::kAlignment < enough; bytes += enough / 97) {
+    mole::Buffer block(bytes);
+    mole::Workspace scratch(block.span());
+    const mole::Context context{.scratch = scratch};
+    CHECK(refused(example.grad, context) == mole::Errc::out_of_memory);
+    try {
+      example.layer.forward(example.prepared, example.query, example.y, nullptr, context);
+      break;
+    } catch (const mole::Error& error) {
+      REQUIRE(error.code() == mole::Errc::out_of_memory);
+    }
+    REQUIRE(test::bit_difference(example.y, before) == "");
+    ++forward_refused;
+  }
+  CHECK(forward_refused > 10);
+  CHECK(example.backward_code(example.grad, example.dy, example.context) == mole::Errc{});
+}
+
 TEST_CASE("A payload lookup refuses parts that do not fit", "[layers]") {
   using Router = mole::PrototypeRouter<double>;
   const auto make = [](Router lookup, Index router_width, Index out, Index rows) {
@@ -197,7 +281,22 @@ TEST_CASE("A payload lookup refuses parts that do not fit", "[layers]") {
   CHECK_THROWS_AS(make(unit, 6, kWidth + 1, 1), mole::Error);
   CHECK_THROWS_AS(make(unit, 6, kWidth, 0), mole::Error);
   CHECK_THROWS_AS(make(Router({.width = 6, .experts = 3}), 6, kWidth, 1), mole::Error);
+  const Lookup<double> endless =
+      make(Router({.width = 6, .experts = 4, .weight = mole::PrototypeWeight::unit}), 6, kWidth,
+           Index{1} << 62);
+  CHECK(endless.output_rows(2) == std::numeric_limits<Index>::max());
   Example<double> example;
+  const auto adapter = test::make_bank<double>(kWidth, kWidth, 2);
+  mole::Buffer block(std::size_t{1} << 16);
+  mole::Workspace memory(block.span());
+  const auto prototypes = test::normal_matrix<double>(4, 6, 3);
+  const auto router = test::normal_matrix<double>(2, 6, 4);
+  const auto experts = adapter.make_params<double>(memory);
+  mole::params::zero(experts);
+  const Lookup<double>::Weights weights{
+      {prototypes.view()}, {nullptr, 0, kWidth}, {{router.view(), {}}, experts}};
+  CHECK_THROWS_WITH(endless.prepare(weights, memory),
+                    "payload: expected [9223372036854775807, 9], got [0, 9]");
   example.y = Matrix<double>(1, kWidth);
   CHECK_THROWS_AS(example.forward(), mole::Error);
 }

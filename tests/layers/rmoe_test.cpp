@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "mole/layers/rmoe.hpp"
 
+#include <limits>
+#include <utility>
 #include <vector>
 
 #include "layers/layer_trial.hpp"
 #include "mole/experts/lora_bank.hpp"
+#include "mole/optim/adamw.hpp"
 
 namespace {
 
@@ -67,8 +70,9 @@ struct Trial : test::LayerTrial<T> {
   std::size_t scratch_bytes(int workers) const { return layer.scratch_bytes(kTokens, workers); }
   void forward(const mole::Context& context) {
     mole::Workspace packing = this->packing(layer.prepared_bytes());
-    layer.forward(layer.prepare(weights, packing), x.value, start.value,
-                  this->y.col_block(0, kWidth), tape, context);
+    const auto prepared = layer.prepare(weights, packing);
+    this->packed();
+    layer.forward(prepared, x.value, start.value, this->y.col_block(0, kWidth), tape, context);
     mole::rows::copy<T>(layer.routers().state(tape.routers), this->y.col_block(kWidth, kState));
   }
   void backward(const mole::Context& context) {
@@ -103,6 +107,16 @@ struct RawTrial : Trial<T> {
 TEST_CASE("a recurrent stack keeps what every layer keeps", "[layers]") {
   test::check_layer<Trial>();
   test::check_layer<RawTrial>();
+}
+
+TEST_CASE("a stack computes with a copy of its parameters", "[layers]") {
+  test::check_snapshot<Trial<double>>();
+  test::check_snapshot<RawTrial<float>>();
+}
+
+TEST_CASE("a stack with too little scratch has not begun to write", "[layers]") {
+  test::check_scratch<Trial<double>>(false);
+  test::check_scratch<Trial<double>>(true);
 }
 
 TEST_CASE("a stack in inference gives the bits of training", "[layers]") {
@@ -176,4 +190,164 @@ TEST_CASE("a stack refuses layers out of order and wrong shapes", "[layers]") {
   config.base = false;
   CHECK_THROWS_WITH(mole::Rmoe(bank<double>(), config),
                     "Rmoe: dense_layers: expected a base map, got 1");
+}
+
+namespace {
+
+template <class F>
+mole::Errc refusal(F&& f) {
+  try {
+    f();
+  } catch (const mole::Error& error) {
+    return error.code();
+  }
+  return mole::Errc{};
+}
+
+/// A trial after one way forward and back, its way back begun once more.
+struct Begun : Trial<double> {
+  using Grad = typename Layer::Params<double>;
+
+  Begun() {
+    test::run(*this, true);
+    layer.begin_backward(tape, {}, d);
+    before = results();
+  }
+  /// What `call` is refused with; nothing may have been added then.
+  template <class F>
+  mole::Errc refused(F&& call) {
+    const mole::Errc code = refusal(call);
+    CHECK(test::bit_difference(results(), before) == "");
+    return code;
+  }
+  mole::Errc backward_with(const Layer::Weights& of, const Grad& to) {
+    return refused(
+        [&] { layer.backward(of, tape, dy.col_block(0, kWidth), d, x.gradient, to, context); });
+  }
+  mole::Errc route_backward_with(const Grad& to) {
+    return refused([&] {
+      layer.routers().route_backward(layer.routers().layers() - 1, weights.router, tape.routers,
+                                     {.x = x.value}, {}, d, {}, to.router, context);
+    });
+  }
+
+  mole::Buffer block{scratch_bytes(1)};
+  mole::Workspace scratch{block.span()};
+  mole::Context context{.scratch = scratch};
+  std::vector<double> before;
+};
+
+}  // namespace
+
+TEST_CASE("gradients of a stack with too few layers are refused, not written past", "[layers]") {
+  Begun trial;
+  const auto check = [&](auto&& spoil) {
+    Begun::Grad grad = trial.grad;
+    spoil(grad.router);
+    CHECK(trial.route_backward_with(grad) == mole::Errc::shape_mismatch);
+    CHECK(trial.backward_with(trial.weights, grad) == mole::Errc::shape_mismatch);
+  };
+  check([](auto& router) { router.projection.rows -= kState; });
+  check([](auto& router) { router.head.rows -= 5; });
+  check([](auto& router) { router.head.cols -= 1; });
+  check([&](auto& router) { router.bias = trial.zeros(3, 5); });  // the config has none
+  check([](auto& router) { router.cell.input_weight.rows -= 1; });
+  check([](auto& router) { router.cell.hidden_weight.cols -= 1; });
+  check([](auto& router) { router.cell.input_bias.cols -= 1; });
+  check([&](auto& router) { router.cell.hidden_bias = trial.zeros(2, 3 * kState); });
+}
+
+TEST_CASE("a way back through a stack is refused before any gradient", "[layers]") {
+  using mole::Errc;
+  Begun trial;
+  auto weights = trial.weights;
+  weights.router.head.rows -= 5;
+  CHECK(trial.backward_with(weights, trial.grad) == Errc::shape_mismatch);
+  std::vector<mole::LoraBankParams<double>> of_layers(trial.grad.experts.begin(),
+                                                      trial.grad.experts.end());
+  of_layers[0].out -= 1;
+  auto grad = trial.grad;
+  grad.experts = of_layers;
+  CHECK(trial.backward_with(trial.weights, grad) == Errc::shape_mismatch);
+  const auto training = trial.tape;
+  trial.tape = trial.layer.make_tape(trial.memory, kTokens, false);
+  trial.tape.tokens = kTokens;
+  CHECK(trial.backward_with(trial.weights, trial.grad) == Errc::state_error);
+  trial.tape = training;
+  CHECK(refusal([&] { trial.backward(trial.context); }) == Errc{});
+  trial.before = trial.results();
+  CHECK(trial.backward_with(trial.weights, trial.grad) == Errc::state_error);  // not begun again
+  auto fresh = trial.layer.make_gradient(trial.memory, kTokens);
+  std::swap(trial.d, fresh);
+  CHECK(trial.backward_with(trial.weights, trial.grad) == Errc::state_error);
+}
+
+TEST_CASE("a stack without a map writes no gradient of it", "[layers]") {
+  auto config = everything<double>();
+  config.base = config.out_bias = false;
+  config.dense_layers = {};
+  Trial<double> trial(config);
+  const MatView<double> guard = trial.normal(4, kWidth), kept = trial.zeros(4, kWidth);
+  mole::rows::copy<double>(guard, kept);
+  trial.grad.base = {guard.data, 0, kWidth};
+  trial.grad.bias = {guard.data, 0, kWidth};
+  test::run(trial, true);
+  CHECK(test::bit_difference(guard, kept) == "");
+}
+
+TEST_CASE("experts without a gradient are frozen", "[layers]") {
+  Trial<double> trial, moments;
+  test::run(trial, true);
+  const auto first = moments.params, second = moments.grad;
+  mole::params::zero(first);
+  mole::params::zero(second);
+  auto grad = trial.grad;
+  grad.experts = {};
+  const double expert = trial.params.experts[0].up_of(0)(0, 0), base = trial.params.base(0, 0);
+  mole::adamw_step(trial.params, grad, first, second, {}, 1);
+  CHECK(trial.params.experts[0].up_of(0)(0, 0) == expert);
+  CHECK(trial.params.base(0, 0) != base);
+  mole::adamw_step(trial.params, trial.grad, first, second, {}, 2);
+  CHECK(trial.params.experts[0].up_of(0)(0, 0) != expert);
+}
+
+TEST_CASE("gradients of a stack hold no memory that nobody reads", "[layers]") {
+  constexpr Index kMany = 1000;
+  Trial<double> trial;
+  const auto& routers = trial.layer.routers();
+  const Index layers = routers.layers(), experts = 5, k = 2;
+  const auto scalars = static_cast<std::size_t>(kMany * (layers * (2 * experts + k) + 2 * kState));
+  CHECK(routers.gradient_bytes(kMany) < scalars * sizeof(double) + 4096);
+  for (const auto& tape : trial.d.tapes) CHECK(tape.head.cell.gates.data == nullptr);
+}
+
+TEST_CASE("sizes of stacks that no machine has stay large", "[layers]") {
+  constexpr std::size_t kHuge = std::size_t{1} << 56;
+  auto config = everything<double>();
+  // So many layers that the product with what each needs, added to what else there is, wraps.
+  const auto layers = [](std::size_t each, std::size_t rest) {
+    return static_cast<Index>((0 - rest) / each + 1);
+  };
+  const mole::Rmoe small(bank<double>(), config);
+  config.dense_layers = {};
+  config.layers = layers(small.routers().router().tape_bytes(kTokens), kHuge);
+  CHECK(mole::Rmoe(bank<double>(), config).routers().gradient_bytes(kTokens) >= kHuge);
+  config.layers = layers(small.experts().params_bytes<double>(), 2 * kHuge);
+  CHECK(mole::Rmoe(bank<double>(), config).params_bytes() >= kHuge);
+}
+
+TEST_CASE("a stack refuses weights of its parts that are no numbers", "[layers]") {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  auto config = everything<double>();
+  config.norm_epsilon = kInfinity;
+  CHECK_THROWS_WITH(mole::Rmoe(bank<double>(), config),
+                    "Rmoe: norm_epsilon: expected a number from 0 up, got inf");
+  config = everything<double>();
+  config.moe_weight = std::numeric_limits<double>::quiet_NaN();
+  CHECK_THROWS_WITH(mole::Rmoe(bank<double>(), config),
+                    "Rmoe: moe_weight: expected a finite number, got nan");
+  config = everything<double>();
+  config.share_weight = kInfinity;
+  CHECK_THROWS_WITH(mole::Rmoe(bank<double>(), config),
+                    "Rmoe: share_weight: expected a finite number, got inf");
 }

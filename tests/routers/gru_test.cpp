@@ -156,6 +156,49 @@ TEST_CASE("gradients flow through depth and into the cell that three layers shar
   CHECK(same);
 }
 
+TEST_CASE("a gradient of the cell may lack members, and none may have another shape", "[routers]") {
+  using Cell = mole::CellParams<double>;
+  constexpr Index kTokens = 5, kWidth = 7, kState = 3, kExperts = 4;
+  const Router router({.width = kWidth, .experts = kExperts, .state = kState, .k = 2});
+  Memory memory(3);
+  const auto params = make_router_params(memory, router.config(), make_cell(memory, kState));
+  const MatView<double> x = memory.random(kTokens, kWidth), h = memory.random(kTokens, kState);
+  const MatView<double> d_logits = memory.random(kTokens, kExperts);
+  mole::RoutingTable<double> table(memory.workspace(), kTokens, kExperts, 2);
+  auto tape = router.make_tape(memory.workspace(), kTokens);
+  const auto d_tape = router.make_tape(memory.workspace(), kTokens);
+  router.forward(router.prepare(params, memory.workspace()), {}, {.x = x}, {}, {h}, table, {},
+                 &tape, memory.context());
+  const auto backward = [&](const Cell& grad) {
+    mole::params::zero(d_tape);
+    add(d_tape.logits, d_logits);
+    Router::Params<double> to{};
+    to.cell = grad;
+    router.backward(params, {}, tape, {.x = x}, {}, {h}, table.view(), d_tape, {}, {}, to, {},
+                    memory.context());
+  };
+  const Cell all = make_cell(memory, kState);
+  mole::params::zero(all);
+  backward(all);
+  for (const auto member :
+       {&Cell::input_weight, &Cell::hidden_weight, &Cell::input_bias, &Cell::hidden_bias}) {
+    const MatView<double> expected = all.*member;
+    Cell one{};
+    one.*member = memory.zeros(expected.rows, expected.cols);
+    backward(one);
+    CHECK(test::bit_difference(one.*member, expected) == "");
+    CHECK(weighted_sum(expected, expected) > 0);
+    const MatView<double> wide = memory.zeros(expected.rows, expected.cols + 1);
+    one.*member = wide;
+    CHECK_THROWS_AS(backward(one), mole::Error);
+    CHECK(weighted_sum(wide, wide) == 0);
+  }
+  const mole::RecurrentCell<double> plain{kState, kState, mole::CellKind::gru, false};
+  CHECK_NOTHROW(plain.check_gradient({{}, all.hidden_weight}));
+  CHECK_THROWS_WITH(plain.check_gradient({{}, {}, {}, all.hidden_bias}),
+                    "grad.cell.hidden_bias: expected [0, 0], got [1, 9]");
+}
+
 namespace {
 
 constexpr std::array<const char*, 3> kGates = {"r", "z", "n"};

@@ -64,6 +64,15 @@ inline std::span<const std::int32_t> every(Index count, Workspace& memory) {
   return list;
 }
 
+/// A copy in memory of its own; nothing of nothing.
+template <class T>
+MatView<const T> clone(MatView<const T> from, Workspace& memory) {
+  if (from.data == nullptr) return {};
+  const MatView<T> to = memory.template take<T>(from.rows, from.cols);
+  copy(from, to);
+  return to;
+}
+
 /// A weight [cols, depth] packed into memory of its own.
 template <class T>
 Panels<T> pack(MatView<const T> weight, Workspace& memory) {

@@ -28,6 +28,7 @@
 #include "mole/experts/expert_bank.hpp"
 #include "mole/kernels/activation.hpp"
 #include "mole/kernels/dense.hpp"
+#include "mole/layers/layer_checks.hpp"
 #include "mole/layers/layer_input.hpp"
 #include "mole/routing/router.hpp"
 
@@ -122,13 +123,13 @@ class AdaptedFfn {
   Prepared prepare(const Weights& weights, Workspace& memory) const;
   Tape make_tape(Workspace& memory, Index max_tokens) const;
 
-  /// Writes y. `tape` null is inference. No dropout.
+  /// Writes y. `tape` null is inference. No dropout. Throws before it writes y.
   void forward(const Prepared& prepared, const Buffers& buffers, const LayerInput<T>& input,
                const Carry<const T>& carry_in, MatView<T> y, const Carry<T>& carry_out, Tape* tape,
                const Context& context) const;
 
   /// `d_tape` holds the gradients that losses added; the banks add their gate gradients, then the
-  /// router reads it. Adds into d_input and grad.
+  /// router reads it. Adds into d_input and grad. Throws before it adds anything.
   void backward(const Weights& weights, const Buffers& buffers, const Tape& saved,
                 const LayerInput<T>& input, const Carry<const T>& carry_in, MatView<const T> dy,
                 const typename R::Tape& d_tape, const Carry<T>& d_carry_out,
@@ -160,7 +161,15 @@ class AdaptedFfn {
   }
   void check_weights(const Weights& weights) const;
   void check_gradient(const Params<T>& grad) const;
-  void check_call(const LayerInput<T>& input, MatView<const T> y) const;
+  void check_call(const LayerInput<T>& input, const char* name, MatView<const T> y) const;
+  void check_backward(const Weights& weights, const Tape& saved, const LayerInput<T>& input,
+                      MatView<const T> dy, const typename R::Tape& d_tape,
+                      const LayerInputGradient<T>& d_input, const Params<T>& grad,
+                      const Context& context) const;
+  static MatView<T> router_gradient(const LayerInput<T>& input,
+                                    const LayerInputGradient<T>& d_input) noexcept {
+    return input.router_x.data != nullptr ? d_input.router_x : d_input.x;
+  }
   void multiply_backward(std::size_t matrix, const Weights& weights, const Tape& saved,
                          MatView<const T> x, MatView<const T> dy, std::span<T> dgate, MatView<T> dx,
                          const Params<T>& grad, const Context& context) const;
@@ -263,9 +272,10 @@ void AdaptedFfn<R, B>::check_gradient(const Params<T>& grad) const {
 }
 
 template <Router R, ExpertBank B>
-void AdaptedFfn<R, B>::check_call(const LayerInput<T>& input, MatView<const T> y) const {
+void AdaptedFfn<R, B>::check_call(const LayerInput<T>& input, const char* name,
+                                  MatView<const T> y) const {
   require_shape("x", input.x, input.x.rows, input_width());
-  require_shape("y", y, input.x.rows, output_width());
+  require_shape(name, y, input.x.rows, output_width());
   require(input.dropout.data == nullptr, Errc::unsupported, "AdaptedFfn: dropout");
 }
 
@@ -293,7 +303,7 @@ void AdaptedFfn<R, B>::forward(const Prepared& prepared, const Buffers& buffers,
                                const LayerInput<T>& input, const Carry<const T>& carry_in,
                                MatView<T> y, const Carry<T>& carry_out, Tape* tape,
                                const Context& context) const {
-  check_call(input, y);
+  check_call(input, "y", y);
   require_apart("y", y, "x", input.x);
   const Workspace::Frame frame(context.scratch);
   const Index count = input.x.rows;
@@ -301,6 +311,7 @@ void AdaptedFfn<R, B>::forward(const Prepared& prepared, const Buffers& buffers,
   require(!recorded || tape->active.rows >= count, Errc::limit_exceeded,
           "AdaptedFfn tape: made for ", recorded ? tape->active.rows : 0, " tokens, the call has ",
           count);
+  require_scratch(context, scratch_bytes(count, context.workers));
   RoutingTable<T> scratch_table;
   if (!recorded) {
     scratch_table =
@@ -343,25 +354,41 @@ void AdaptedFfn<R, B>::multiply_backward(std::size_t matrix, const Weights& weig
 }
 
 template <Router R, ExpertBank B>
+void AdaptedFfn<R, B>::check_backward(const Weights& weights, const Tape& saved,
+                                      const LayerInput<T>& input, MatView<const T> dy,
+                                      const typename R::Tape& d_tape,
+                                      const LayerInputGradient<T>& d_input, const Params<T>& grad,
+                                      const Context& context) const {
+  check_weights(weights);
+  check_gradient(grad);
+  check_call(input, "dy", dy);
+  const Routing<T> routing = saved.routing.view();
+  require_shape("x", input.x, routing.tokens, input_width());
+  if (d_input.x.data != nullptr) require_shape("dx", d_input.x, routing.tokens, input_width());
+  require_apart("dx", d_input.x, "x", input.x);
+  require_apart("dx", d_input.x, "dy", dy);
+  if constexpr (requires { &R::require_backward; }) {
+    router_.require_backward(weights.router, saved.router, input.tokens(), routing, d_tape,
+                             router_gradient(input, d_input), grad.router);
+  }
+  require_scratch(context, scratch_bytes(routing.tokens, context.workers));
+  for (std::size_t m = first(); m < 3; ++m) {
+    require_bank_params(banks_[m - first()], weights.matrix[m].experts, grad.matrix[m].experts,
+                        context);
+  }
+}
+
+template <Router R, ExpertBank B>
 void AdaptedFfn<R, B>::backward(const Weights& weights, const Buffers& buffers, const Tape& saved,
                                 const LayerInput<T>& input, const Carry<const T>& carry_in,
                                 MatView<const T> dy, const typename R::Tape& d_tape,
                                 const Carry<T>& d_carry_out, const LayerInputGradient<T>& d_input,
                                 const Params<T>& grad, const Carry<T>& d_carry_in,
                                 const Context& context) const {
-  check_weights(weights);
-  check_gradient(grad);
-  check_call(input, dy);
+  const Workspace::Frame frame(context.scratch);
+  check_backward(weights, saved, input, dy, d_tape, d_input, grad, context);
   const Routing<T> routing = saved.routing.view();
   const Index count = routing.tokens;
-  require_shape("x", input.x, count, input_width());
-  if (d_input.x.data != nullptr) require_shape("dx", d_input.x, count, input_width());
-  const MatView<T> d_router_x = input.router_x.data != nullptr ? d_input.router_x : d_input.x;
-  if constexpr (requires { &R::require_backward; }) {
-    router_.require_backward(weights.router, saved.router, input.tokens(), routing, d_tape,
-                             d_router_x, grad.router);
-  }
-  const Workspace::Frame frame(context.scratch);
   const Rows d_rows = take_rows(context.scratch, count);
   std::iota(d_rows.all.begin(), d_rows.all.end(), 0);
   std::fill_n(d_rows.active.data, d_rows.active.size(), T(0));
@@ -377,7 +404,8 @@ void AdaptedFfn<R, B>::backward(const Weights& weights, const Buffers& buffers, 
                       context);
   }
   router_.backward(weights.router, buffers, saved.router, input.tokens(), input.overrides, carry_in,
-                   routing, d_tape, d_carry_out, d_router_x, grad.router, d_carry_in, context);
+                   routing, d_tape, d_carry_out, router_gradient(input, d_input), grad.router,
+                   d_carry_in, context);
 }
 
 }  // namespace mole::inline MOLE_ABI

@@ -30,6 +30,7 @@
 #include "mole/core/params.hpp"
 #include "mole/kernels/dense.hpp"
 #include "mole/kernels/rows.hpp"
+#include "mole/layers/layer_checks.hpp"
 #include "mole/routing/head.hpp"
 #include "mole/routing/pool.hpp"
 
@@ -98,7 +99,7 @@ class Dmoerm {
     Panels<T> weight;
     std::span<Panels<T>> down, up;  ///< [categories · adapters]
     std::span<Panels<T>> inner;     ///< [categories], in the phase mixture
-    Params<const T> params;         ///< the caller's
+    Params<const T> vectors;        ///< head, inner_bias, slope and outer; the others are empty
   };
 
   /// Rows by sequence.
@@ -111,7 +112,7 @@ class Dmoerm {
     Index sequences = 0;
   };
 
-  /// Throws invalid_argument, naming the field.
+  /// Throws invalid_argument, naming the field; limit_exceeded above 2^31 rows of any parameter.
   explicit Dmoerm(const Config& config);
 
   const Config& config() const noexcept { return config_; }
@@ -129,12 +130,13 @@ class Dmoerm {
   }
 
   /// y [sequences, 1] is overwritten; category [sequences]. Every sequence has a token. Throws
-  /// shape_mismatch, limit_exceeded or invalid_argument.
+  /// shape_mismatch, limit_exceeded, invalid_argument or out_of_memory before it writes.
   void forward(const Prepared& prepared, const Tokens<T>& tokens,
                std::span<const std::int32_t> category, MatView<T> y, Tape& tape,
                const Context& context) const;
 
-  /// Adds into dx [tokens, width] and grad, whose members may be empty.
+  /// Adds into dx [tokens, width] and grad, whose members may be empty. Throws as forward, before
+  /// it adds anything.
   void backward(const Params<const T>& params, const Tape& tape, const Tokens<T>& tokens,
                 MatView<const T> dy, MatView<T> dx, const Params<T>& grad,
                 const Context& context) const;
@@ -154,6 +156,8 @@ class Dmoerm {
     return mixes() ? config_.adapters : 1;
   }
   void check(const Params<const T>& params, bool optional) const;
+  /// Throws unless so many sequences have tokens.
+  void check_sequences(const Tokens<T>& tokens, Index sequences) const;
   /// The rows of a category, in ascending order.
   std::span<const std::int32_t> rows_of(const Tape& tape, Index category, Workspace& memory) const;
   void adapt(const Prepared& prepared, Index category, std::span<const std::int32_t> list,
@@ -166,7 +170,10 @@ class Dmoerm {
   void mix_backward(const Params<const T>& params, Index category,
                     std::span<const std::int32_t> list, const Tape& tape, MatView<const T> dy,
                     const Params<T>& grad, const Context& context) const;
-  /// What the last map reads: W x, h or prelu(v), element i of row n.
+  /// The last map.
+  void last_backward(const Params<const T>& params, const Tape& tape, MatView<const T> dy,
+                     const Params<T>& grad) const;
+  /// What it reads: W x, h or prelu(v), element i of row n.
   T last_input(const Params<const T>& params, const Tape& tape, Index n, Index i) const noexcept;
 
   Config config_;
@@ -184,6 +191,12 @@ Dmoerm<T>::Dmoerm(const Config& config) : config_(config) {
   check(std::isfinite(config.scale), "scale", "a finite number", config.scale);
   check(config.adapter >= 0 && config.adapter < config.adapters, "adapter", "below adapters",
         config.adapter);
+  constexpr Index kLimit = Index{1} << 31;  // so that products of two sizes fit
+  const Index experts = saturating_product(config.categories, config.adapters);
+  const Index rows = saturating_product(experts, std::max(config.width, config.rank));
+  require(rows <= kLimit, Errc::limit_exceeded, "Dmoerm: ", config.categories, " categories of ",
+          config.adapters, " adapters of width ", config.width, " and rank ", config.rank, " have ",
+          rows, " rows, the limit is ", kLimit);
 }
 
 template <class T>
@@ -251,7 +264,11 @@ auto Dmoerm<T>::prepare(const Params<const T>& params, Workspace& memory) const 
   check(params, false);
   const Index experts = config_.categories * config_.adapters;
   Prepared prepared;
-  prepared.params = params;
+  const auto clone = [&](MatView<const T> view) { return rows::clone(view, memory); };
+  prepared.vectors.head = {clone(params.head.weight), clone(params.head.bias)};
+  prepared.vectors.inner_bias = clone(params.inner_bias);
+  prepared.vectors.slope = clone(params.slope);
+  prepared.vectors.outer = {clone(params.outer.weight), clone(params.outer.bias)};
   prepared.weight = rows::pack(params.weight, memory);
   const auto pack = [&](MatView<const T> stack, Index count, Index each) {
     const auto panels = memory.take<Panels<T>>(stack.empty() ? 0 : count);
@@ -339,7 +356,7 @@ void Dmoerm<T>::mix(const Prepared& prepared, Index category, std::span<const st
   const MatView<T> input = context.scratch.template take<T>(count, tape.adapted.cols);
   const MatView<T> inner = context.scratch.template take<T>(count, config_.width);
   rows::gather<T>(tape.adapted, list, input);
-  dense::forward<T>(prepared.inner[category], prepared.params.inner_bias.row_block(category, 1),
+  dense::forward<T>(prepared.inner[category], prepared.vectors.inner_bias.row_block(category, 1),
                     input, inner, context);
   for (Index i = 0; i < count; ++i) {
     std::ranges::copy(inner.row(i), tape.inner.row(list[i]).begin());
@@ -356,23 +373,29 @@ T Dmoerm<T>::last_input(const Params<const T>& params, const Tape& tape, Index n
 }
 
 template <class T>
+void Dmoerm<T>::check_sequences(const Tokens<T>& tokens, Index sequences) const {
+  check_tokens(tokens);
+  const Index filled = stages::for_each_filled(tokens, [](Index, Index, Index) {});
+  require(filled == sequences, Errc::shape_mismatch, "Dmoerm: categories of ", sequences,
+          " sequences, of which ", filled, " have tokens");
+}
+
+template <class T>
 void Dmoerm<T>::forward(const Prepared& prepared, const Tokens<T>& tokens,
                         std::span<const std::int32_t> category, MatView<T> y, Tape& tape,
                         const Context& context) const {
-  check_tokens(tokens);
   const auto sequences = static_cast<Index>(category.size());
   require_shape("x", tokens.x, tokens.count(), config_.width);
   require_shape("y", y, sequences, 1);
   require(tape.x.rows >= sequences, Errc::limit_exceeded, "Dmoerm: ", sequences,
           " sequences, the tape was made for ", tape.x.rows);
-  const Index filled = stages::for_each_filled(tokens, [](Index, Index, Index) {});
-  require(filled == sequences, Errc::shape_mismatch, "Dmoerm: categories of ", sequences,
-          " sequences, of which ", filled, " have tokens");
+  check_sequences(tokens, sequences);
   for (const std::int32_t c : category) {
     require(c >= 0 && c < config_.categories, Errc::invalid_argument, "category ", c,
             " is not in 0 ... ", config_.categories - 1);
   }
   const Workspace::Frame frame(context.scratch);
+  require_scratch(context, scratch_bytes(sequences));
   tape.sequences = sequences;
   std::ranges::copy(category, tape.category.begin());
   stages::pool<T>(Pool::last, tokens, tape.x);
@@ -385,11 +408,11 @@ void Dmoerm<T>::forward(const Prepared& prepared, const Tokens<T>& tokens,
     adapt(prepared, c, list, tape, context);
     if (mixes()) mix(prepared, c, list, tape, context);
   }
-  const auto& last = mixes() ? prepared.params.outer : prepared.params.head;
+  const auto& last = mixes() ? prepared.vectors.outer : prepared.vectors.head;
   for (Index n = 0; n < sequences; ++n) {
     T sum = T(0);
     for (Index i = 0; i < config_.width; ++i) {
-      sum = std::fma(last.weight(category[n], i), last_input(prepared.params, tape, n, i), sum);
+      sum = std::fma(last.weight(category[n], i), last_input(prepared.vectors, tape, n, i), sum);
     }
     y(n, 0) = sum + last.bias(0, category[n]);
   }
@@ -452,29 +475,40 @@ void Dmoerm<T>::mix_backward(const Params<const T>& params, Index category,
 }
 
 template <class T>
+void Dmoerm<T>::last_backward(const Params<const T>& params, const Tape& tape, MatView<const T> dy,
+                              const Params<T>& grad) const {
+  const auto& last = mixes() ? grad.outer : grad.head;
+  for (Index n = 0; n < tape.sequences; ++n) {
+    const Index c = tape.category[n];
+    if (last.bias.data != nullptr) last.bias(0, c) += dy(n, 0);
+    for (Index i = 0; last.weight.data != nullptr && i < config_.width; ++i) {
+      last.weight(c, i) = std::fma(dy(n, 0), last_input(params, tape, n, i), last.weight(c, i));
+    }
+  }
+}
+
+template <class T>
 void Dmoerm<T>::backward(const Params<const T>& params, const Tape& tape, const Tokens<T>& tokens,
                          MatView<const T> dy, MatView<T> dx, const Params<T>& grad,
                          const Context& context) const {
   const Index sequences = tape.sequences, width = config_.width;
   check(params, false);
   check(grad, true);
+  check_sequences(tokens, sequences);
   require_shape("dy", dy, sequences, 1);
   if (dx.data != nullptr) require_shape("dx", dx, tokens.count(), width);
   const Workspace::Frame frame(context.scratch);
-  const auto& last = mixes() ? params.outer : params.head;
-  const auto& d_last = mixes() ? grad.outer : grad.head;
-  for (Index n = 0; n < sequences; ++n) {
-    const Index c = tape.category[n];
-    if (d_last.bias.data != nullptr) d_last.bias(0, c) += dy(n, 0);
-    for (Index i = 0; d_last.weight.data != nullptr && i < width; ++i) {
-      d_last.weight(c, i) = std::fma(dy(n, 0), last_input(params, tape, n, i), d_last.weight(c, i));
-    }
+  require_scratch(context, scratch_bytes(sequences));
+  last_backward(params, tape, dy, grad);
+  MatView<T> dh, d_rows;
+  if (!mixes()) {
+    dh = context.scratch.template take<T>(sequences, width);
+    d_rows = context.scratch.template take<T>(sequences, width);
+    rows::fill(d_rows, 0);
   }
-  const MatView<T> dh = context.scratch.template take<T>(sequences, width);
-  const MatView<T> d_rows = context.scratch.template take<T>(sequences, width);
-  rows::fill(d_rows, 0);
-  for (Index n = 0; n < sequences; ++n) {
-    for (Index i = 0; i < width; ++i) dh(n, i) = dy(n, 0) * last.weight(tape.category[n], i);
+  for (Index n = 0; n < dh.rows; ++n) {
+    const auto head = params.head.weight.row(tape.category[n]);
+    for (Index i = 0; i < width; ++i) dh(n, i) = dy(n, 0) * head[i];
   }
   for (Index c = 0; c < config_.categories && config_.phase != DmoermPhase::base; ++c) {
     const Workspace::Frame of_category(context.scratch);

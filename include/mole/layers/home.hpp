@@ -110,7 +110,7 @@ class Home {
     Panels<T> gate, self;
     std::span<Panels<T>> weight, down, up;          ///< [experts]
     std::span<Panels<T>> feature_down, feature_up;  ///< [groups]
-    MatView<const T> bias, norm, shift;             ///< the caller's
+    MatView<const T> bias, norm, shift;             ///< [experts, out], or empty
   };
 
   /// What forward leaves; blocks of rows by expert or group.
@@ -313,9 +313,9 @@ auto Home<T>::prepare(const Params<const T>& params, Workspace& memory) const ->
   prepared.up = pack(params.up, config_.experts);
   prepared.feature_down = pack(params.feature_down, config_.groups);
   prepared.feature_up = pack(params.feature_up, config_.groups);
-  prepared.bias = params.bias;
-  prepared.norm = params.norm;
-  prepared.shift = params.shift;
+  prepared.bias = rows::clone(params.bias, memory);
+  prepared.norm = rows::clone(params.norm, memory);
+  prepared.shift = rows::clone(params.shift, memory);
   return prepared;
 }
 

@@ -15,6 +15,7 @@
 #include "mole/core/context.hpp"
 #include "mole/core/params.hpp"
 #include "mole/experts/expert_bank.hpp"
+#include "mole/layers/layer_checks.hpp"
 #include "mole/layers/layer_input.hpp"
 #include "mole/routing/router.hpp"
 
@@ -130,7 +131,18 @@ class Mixture {
     backward(weights, Buffers{}, saved, input, {}, dy, d_tape, {}, d_input, grad, {}, context);
   }
 
+  /// What `backward` checks before it adds anything: throws shape_mismatch, invalid_argument, or
+  /// out_of_memory if the scratch is too small.
+  void check_backward(const Weights& weights, const Tape& saved, const LayerInput<T>& input,
+                      MatView<const T> dy, const typename R::Tape& d_tape,
+                      const LayerInputGradient<T>& d_input, const Params<T>& grad,
+                      const Context& context) const;
+
  private:
+  static MatView<T> router_gradient(const LayerInput<T>& input,
+                                    const LayerInputGradient<T>& d_input) noexcept {
+    return input.router_x.data != nullptr ? d_input.router_x : d_input.x;
+  }
   /// x ∘ dropout in scratch, or x itself.
   MatView<const T> expert_input(const LayerInput<T>& input, const Context& context) const;
 
@@ -263,6 +275,34 @@ void Mixture<R, B>::forward(const Prepared& prepared, const Buffers& buffers,
 
 template <Router R, ExpertBank B>
 requires std::same_as<typename R::Scalar, typename B::Scalar>
+void Mixture<R, B>::check_backward(const Weights& weights, const Tape& saved,
+                                   const LayerInput<T>& input, MatView<const T> dy,
+                                   const typename R::Tape& d_tape,
+                                   const LayerInputGradient<T>& d_input, const Params<T>& grad,
+                                   const Context& context) const {
+  const Routing<T> routing = saved.routing.view();
+  const bool dropped = input.dropout.data != nullptr;
+  require_shape("x", input.x, routing.tokens, input_width());
+  if (dropped) require_shape("dropout", input.dropout, routing.tokens, input_width());
+  require_shape("dy", dy, routing.tokens, output_width());
+  if (d_input.x.data != nullptr) require_shape("dx", d_input.x, routing.tokens, input_width());
+  require_apart("dx", d_input.x, "x", input.x);
+  require_apart("dx", d_input.x, "dy", dy);
+  if constexpr (requires { &R::require_backward; }) {
+    router_.require_backward(weights.router, saved.router, input.tokens(), routing, d_tape,
+                             router_gradient(input, d_input), grad.router);
+  }
+  ByteCounter dropped_bytes;
+  dropped_bytes.take<T>(dropped ? saturating_product(2, routing.tokens) : 0, input_width());
+  const std::size_t part = std::max<std::size_t>(
+      router_.scratch_bytes(routing.tokens, context.workers),
+      experts_.scratch_bytes(routing.tokens, routing.slots(), context.workers));
+  require_scratch(context, dropped_bytes.bytes() + bank_params_bytes(experts_) + part);
+  require_bank_params(experts_, weights.experts, grad.experts, context);
+}
+
+template <Router R, ExpertBank B>
+requires std::same_as<typename R::Scalar, typename B::Scalar>
 void Mixture<R, B>::backward(const Weights& weights, const Buffers& buffers, const Tape& saved,
                              const LayerInput<T>& input, const Carry<const T>& carry_in,
                              MatView<const T> dy, const typename R::Tape& d_tape,
@@ -270,19 +310,8 @@ void Mixture<R, B>::backward(const Weights& weights, const Buffers& buffers, con
                              const Params<T>& grad, const Carry<T>& d_carry_in,
                              const Context& context) const {
   Workspace::Frame frame(context.scratch);
+  check_backward(weights, saved, input, dy, d_tape, d_input, grad, context);
   const Routing<T> routing = saved.routing.view();
-  require_shape("x", input.x, routing.tokens, input_width());
-  if (input.dropout.data != nullptr) {
-    require_shape("dropout", input.dropout, routing.tokens, input_width());
-  }
-  if (d_input.x.data != nullptr) require_shape("dx", d_input.x, routing.tokens, input_width());
-  require_apart("dx", d_input.x, "x", input.x);
-  require_apart("dx", d_input.x, "dy", dy);
-  const MatView<T> d_router_x = input.router_x.data != nullptr ? d_input.router_x : d_input.x;
-  if constexpr (requires { &R::require_backward; }) {
-    router_.require_backward(weights.router, saved.router, input.tokens(), routing, d_tape,
-                             d_router_x, grad.router);
-  }
   const BankInput<T> bank_input{.x = expert_input(input, context), .base = input.base};
   BankInputGradient<T> d_bank{.x = d_input.x, .base = d_input.base};
   const bool dropped = input.dropout.data != nullptr && d_input.x.data != nullptr;
@@ -298,7 +327,8 @@ void Mixture<R, B>::backward(const Weights& weights, const Buffers& buffers, con
     }
   }
   router_.backward(weights.router, buffers, saved.router, input.tokens(), input.overrides, carry_in,
-                   routing, d_tape, d_carry_out, d_router_x, grad.router, d_carry_in, context);
+                   routing, d_tape, d_carry_out, router_gradient(input, d_input), grad.router,
+                   d_carry_in, context);
 }
 
 }  // namespace mole::inline MOLE_ABI

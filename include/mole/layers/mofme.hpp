@@ -75,7 +75,7 @@ class Mofme {
   };
 
   struct Prepared {
-    MatView<const T> norm, shift;  ///< the caller's
+    MatView<const T> norm, shift;
     LinearPrepared<T> gate, value, inner, outer;
     typename Experts::Prepared mixture;
   };
@@ -180,8 +180,11 @@ auto Mofme<R>::make_params(Workspace& memory) const -> Params<T> {
 
 template <Router R>
 std::size_t Mofme<R>::prepared_bytes() const noexcept {
-  return 2 * square_.prepared_bytes() + mixture_.prepared_bytes() + inner_.prepared_bytes() +
-         outer_.prepared_bytes();
+  ByteCounter counter;
+  Params<T> params;
+  take_norm(counter, params);
+  return counter.bytes() + 2 * square_.prepared_bytes() + mixture_.prepared_bytes() +
+         inner_.prepared_bytes() + outer_.prepared_bytes();
 }
 
 template <Router R>
@@ -189,8 +192,8 @@ auto Mofme<R>::prepare(const Weights& weights, Workspace& memory) const -> Prepa
   require_shape("norm", weights.norm, 1, width());
   require_shape("shift", weights.shift, 1, width());
   Prepared prepared;
-  prepared.norm = weights.norm;
-  prepared.shift = weights.shift;
+  prepared.norm = rows::clone(weights.norm, memory);
+  prepared.shift = rows::clone(weights.shift, memory);
   prepared.gate = square_.prepare(weights.gate, memory);
   prepared.value = square_.prepare(weights.value, memory);
   prepared.mixture = mixture_.prepare(weights.mixture, memory);

@@ -16,6 +16,8 @@
 
 #include "mole/core/config.hpp"
 #include "mole/core/context.hpp"
+#include "mole/core/error.hpp"
+#include "mole/core/workspace.hpp"
 #include "mole/kernels/gated_low_rank.hpp"
 #include "mole/layers/mixture.hpp"
 
@@ -38,11 +40,9 @@ class PassThrough {
   using Tape = typename M::Tape;
   static constexpr bool needs_base = M::needs_base;
 
-  /// Throws shape_mismatch unless the mixture is as wide at its input as at its output.
-  explicit PassThrough(M mixture) : mixture_(std::move(mixture)) {
-    require(input_width() == output_width(), Errc::shape_mismatch, "PassThrough: the mixture is ",
-            input_width(), " wide at its input and ", output_width(), " at its output");
-  }
+  /// Throws shape_mismatch unless the mixture is as wide at its input as at its output, unsupported
+  /// if its router keeps no scores.
+  explicit PassThrough(M mixture);
 
   const auto& router() const noexcept { return mixture_.router(); }
   const auto& experts() const noexcept { return mixture_.experts(); }
@@ -88,6 +88,16 @@ class PassThrough {
 };
 
 template <class M>
+PassThrough<M>::PassThrough(M mixture) : mixture_(std::move(mixture)) {
+  require(input_width() == output_width(), Errc::shape_mismatch, "PassThrough: the mixture is ",
+          input_width(), " wide at its input and ", output_width(), " at its output");
+  Buffer block(router().tape_bytes(1));
+  Workspace memory(block.span());
+  require(router().make_tape(memory, 1).prob.rows > 0, Errc::unsupported,
+          "PassThrough: the router keeps no scores of the experts, by which tokens pass");
+}
+
+template <class M>
 void PassThrough<M>::forward(const Prepared& prepared, const Buffers& buffers,
                              const LayerInput<T>& input, const Carry<const T>& carry_in,
                              MatView<T> y, const Carry<T>& carry_out, Tape* tape,
@@ -121,12 +131,10 @@ void PassThrough<M>::backward(const Weights& weights, const Buffers& buffers, co
                               const Context& context) const {
   const Routing<T> routing = saved.routing.view();
   const Index count = routing.tokens;
-  require_shape("x", input.x, count, input_width());
-  require_shape("dy", dy, count, output_width());
-  if (d_input.x.data != nullptr) require_shape("dx", d_input.x, count, input_width());
   require(d_tape.prob.rows >= count && d_tape.prob.cols == routing.experts, Errc::shape_mismatch,
           "d_tape.prob: expected [", count, ", ", routing.experts, "], got [", d_tape.prob.rows,
           ", ", d_tape.prob.cols, "]");
+  mixture_.check_backward(weights, saved, input, dy, d_tape, d_input, grad, context);
   const MatView<const T> prob = saved.router.prob;
   const auto passes = [&](Index t, Index e) {
     return is_left_out(routing, t) && prob(t, e) != T(0);

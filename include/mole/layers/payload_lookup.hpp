@@ -8,8 +8,8 @@
 // [queries · take · rows, width]. `rows` are the rows of one payload, prompts to be put before a
 // sequence for example. The mixture's router reads the query, its experts the rows. The selection
 // is a constant: keys learn from pull_loss (losses/pull.hpp) alone. Where a query finds fewer
-// entries, NaN in it for one, the rows that are left are 0. An entry that is appended changes
-// nothing for queries that do not select it.
+// entries, NaN in a key for one, the rows that are left are 0 and nothing learns from them. An
+// entry that is appended changes nothing for queries that do not select it.
 //
 // Uni-RAG's bank of prompts by style (2025), derived from its text; no code is published.
 #pragma once
@@ -20,6 +20,8 @@
 #include "mole/core/config.hpp"
 #include "mole/core/context.hpp"
 #include "mole/core/params.hpp"
+#include "mole/kernels/rows.hpp"
+#include "mole/layers/layer_checks.hpp"
 #include "mole/layers/layer_input.hpp"
 #include "mole/layers/mixture.hpp"
 #include "mole/routers/prototype.hpp"
@@ -30,6 +32,7 @@ namespace mole::inline MOLE_ABI {
 template <class M>
 class PayloadLookup {
  public:
+  static_assert(!M::needs_base, "PayloadLookup hands no base product to its adapter");
   using Scalar = typename M::Scalar;
   using T = Scalar;
   using Lookup = PrototypeRouter<T>;
@@ -92,25 +95,29 @@ class PayloadLookup {
   Prepared prepare(const Weights& weights, Workspace& memory) const;
   Tape make_tape(Workspace& memory, Index max_queries) const;
 
-  /// Writes y. `tape` null is inference. Throws shape_mismatch or limit_exceeded.
+  /// Writes y. `tape` null is inference. Throws shape_mismatch, limit_exceeded or out_of_memory
+  /// before it writes y.
   void forward(const Prepared& prepared, MatView<const T> query, MatView<T> y, Tape* tape,
                const Context& context) const;
 
   /// d_lookup holds what losses added to the logits of the lookup, d_adapter what they added to the
-  /// tape of the adapter's router. Adds into dquery and grad, each where it has memory.
+  /// tape of the adapter's router. Adds into dquery and grad, each where it has memory. Throws
+  /// before it adds anything.
   void backward(const Weights& weights, const Tape& saved, MatView<const T> query,
                 MatView<const T> dy, const typename Lookup::Tape& d_lookup,
                 const typename M::RouterTape& d_adapter, MatView<T> dquery, const Params<T>& grad,
                 const Context& context) const;
 
  private:
-  Index rows_of_query() const noexcept { return take() * rows_; }
+  Index rows_of_query() const noexcept { return saturating_product(take(), rows_); }
   void check_payload(MatView<const T> payload) const {
-    require_shape("payload", payload, lookup_.experts() * rows_, width());
+    require_shape("payload", payload, saturating_product(lookup_.experts(), rows_), width());
   }
   template <class Arena>
   void take_rows(Arena& arena, Index queries, Tape& tape) const;
   LayerInput<T> adapter_input(const Tape& tape, Index queries) const;
+  /// Zeros the rows that are left where a query found fewer entries.
+  void clear_missing(const Tape& tape, MatView<T> rows) const;
   /// Orders the entries of every query and copies their rows.
   void gather(MatView<const T> payload, MatView<const T> query, const Tape& tape) const;
   void scatter(const Tape& saved, MatView<const T> d_rows, MatView<const T> d_queries,
@@ -231,6 +238,13 @@ void PayloadLookup<M>::gather(MatView<const T> payload, MatView<const T> query,
 }
 
 template <class M>
+void PayloadLookup<M>::clear_missing(const Tape& tape, MatView<T> rows) const {
+  for (Index r = 0; r < rows.rows; ++r) {
+    if (tape.entry[r / rows_] < 0) std::ranges::fill(rows.row(r), T(0));
+  }
+}
+
+template <class M>
 void PayloadLookup<M>::forward(const Prepared& prepared, MatView<const T> query, MatView<T> y,
                                Tape* tape, const Context& context) const {
   require_shape("y", y, output_rows(query.rows), width());
@@ -241,10 +255,10 @@ void PayloadLookup<M>::forward(const Prepared& prepared, MatView<const T> query,
   Tape& used = tape != nullptr ? *tape : own;
   lookup_.forward(prepared.lookup, {}, {.x = query}, {}, {}, used.found, {}, &used.lookup, context);
   gather(prepared.payload, query, used);
-  for (Index r = 0; r < y.rows; ++r) {
-    std::ranges::copy(used.rows.row(r), y.row(r).begin());
-  }
+  require_scratch(context, adapter_.scratch_bytes(y.rows, context.workers));
+  rows::copy<T>(used.rows.row_block(0, y.rows), y);
   adapter_.forward(prepared.adapter, adapter_input(used, query.rows), y, &used.adapter, context);
+  clear_missing(used, y);
 }
 
 template <class M>
@@ -273,13 +287,19 @@ void PayloadLookup<M>::backward(const Weights& weights, const Tape& saved, MatVi
   check_payload(weights.payload);
   if (grad.payload.data != nullptr) check_payload(grad.payload);
   if (dquery.data != nullptr) require_shape("dquery", dquery, query.rows, query.cols);
+  lookup_.require_backward(weights.lookup, saved.lookup, {.x = query}, saved.found.view(), d_lookup,
+                           dquery, grad.lookup);
   const Workspace::Frame frame(context.scratch);
+  require_scratch(context, scratch_bytes(query.rows, context.workers));
   const MatView<T> d_rows = context.scratch.template take<T>(count, width());
+  const MatView<T> d_adapted = context.scratch.template take<T>(count, width());
   const MatView<T> d_queries = context.scratch.template take<T>(count, query.cols);
-  std::fill_n(d_queries.data, d_queries.size(), T(0));
-  for (Index r = 0; r < count; ++r) std::ranges::copy(dy.row(r), d_rows.row(r).begin());
-  adapter_.backward(weights.adapter, saved.adapter, adapter_input(saved, query.rows), dy, d_adapter,
-                    {.x = d_rows, .router_x = d_queries}, grad.adapter, context);
+  rows::fill(d_queries, 0);
+  rows::copy(dy, d_rows);
+  rows::copy(dy, d_adapted);
+  clear_missing(saved, d_adapted);
+  adapter_.backward(weights.adapter, saved.adapter, adapter_input(saved, query.rows), d_adapted,
+                    d_adapter, {.x = d_rows, .router_x = d_queries}, grad.adapter, context);
   scatter(saved, d_rows, d_queries, grad.payload, dquery);
   lookup_.backward(weights.lookup, {}, saved.lookup, {.x = query}, {}, {}, saved.found.view(),
                    d_lookup, {}, dquery, grad.lookup, {}, context);

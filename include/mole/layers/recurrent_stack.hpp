@@ -102,7 +102,8 @@ class RecurrentStack {
     Index tokens = 0, next = 0;              ///< next layer to route
   };
 
-  /// The way back. `tapes` are the gradients that losses and experts add to.
+  /// The way back. `tapes` are the gradients that losses and experts add to, without the head's
+  /// part.
   struct Gradient {
     std::span<typename Router::Tape> tapes;
     MatView<T> d_state;   ///< [max tokens, state], of the state after layer `next` - 1
@@ -122,6 +123,10 @@ class RecurrentStack {
   Params<T> make_params(Workspace& memory) const { return take_params(memory); }
   std::size_t prepared_bytes() const noexcept;
   /// Throws shape_mismatch, naming the member.
+  void check(const Params<const T>& params) const;
+  /// The same for gradients, any of which may be absent.
+  void check_gradient(const Params<T>& grad) const;
+  /// A packed copy. Throws what `check` throws.
   Prepared prepare(const Params<const T>& params, Workspace& memory) const;
   std::size_t scratch_bytes(Index max_tokens, int workers) const noexcept {
     return router_.scratch_bytes(max_tokens, workers) + balance_bytes();
@@ -150,7 +155,8 @@ class RecurrentStack {
   /// or empty. Throws state_error unless the pass has tapes and is complete.
   void begin_backward(const Pass& pass, MatView<const T> d_last, Gradient& d) const;
 
-  /// Layers from the last to the first. Adds into dx and grad; both may be empty.
+  /// Layers from the last to the first. Adds into dx and grad; members of both may be empty. Throws
+  /// state_error out of order, shape_mismatch or invalid_argument before it adds anything.
   void route_backward(Index layer, const Params<const T>& params, const Pass& pass,
                       const Tokens<T>& tokens, const Overrides<T>& overrides, Gradient& d,
                       MatView<T> dx, const Params<T>& grad, const Context& context) const;
@@ -169,7 +175,8 @@ class RecurrentStack {
   Params<T> take_params(Arena& arena) const;
   template <class V>
   GruParams<V> layer_params(const Params<V>& params, Index layer) const noexcept;
-  void check(const Params<const T>& params) const;
+  template <class Arena>
+  typename Router::Tape take_gradient(Arena& arena, Index max_tokens) const;
   MatView<T> state_rows(const Pass& pass, Index layer) const noexcept;
 
   Config config_;
@@ -221,11 +228,25 @@ GruParams<V> RecurrentStack<T>::layer_params(const Params<V>& params, Index laye
 
 template <class T>
 void RecurrentStack<T>::check(const Params<const T>& params) const {
-  const Index layers = config_.layers;
-  require_shape("projection", params.projection, layers * config_.state, config_.width);
-  require_shape("head", params.head, layers * config_.experts, config_.state);
-  require_shape("bias", params.bias, config_.bias ? layers : 0, config_.bias ? config_.experts : 0);
+  ByteCounter shapes;
+  const Params<T> wanted = take_params(shapes);
+  require_shape("projection", params.projection, wanted.projection.rows, wanted.projection.cols);
+  require_shape("head", params.head, wanted.head.rows, wanted.head.cols);
+  require_shape("bias", params.bias, wanted.bias.rows, wanted.bias.cols);
   router_.head().cell.check(params.cell);
+}
+
+template <class T>
+void RecurrentStack<T>::check_gradient(const Params<T>& grad) const {
+  ByteCounter shapes;
+  const Params<T> wanted = take_params(shapes);
+  const auto fits = [](const char* name, MatView<T> view, MatView<T> like) {
+    if (view.data != nullptr) require_shape(name, view, like.rows, like.cols);
+  };
+  fits("grad.projection", grad.projection, wanted.projection);
+  fits("grad.head", grad.head, wanted.head);
+  fits("grad.bias", grad.bias, wanted.bias);
+  router_.head().cell.check_gradient(grad.cell);
 }
 
 template <class T>
@@ -233,8 +254,9 @@ std::size_t RecurrentStack<T>::prepared_bytes() const noexcept {
   ByteCounter counter;
   counter.take<typename Router::Prepared>(config_.layers);
   const std::size_t cell = router_.head().cell.prepared_bytes();
-  const auto layers = static_cast<std::size_t>(config_.layers);
-  return counter.bytes() + cell + layers * (router_.prepared_bytes() - cell);
+  const std::size_t own = router_.prepared_bytes() - cell;
+  counter.take<std::byte>(config_.layers, static_cast<Index>(own));
+  return counter.bytes() + cell;
 }
 
 template <class T>
@@ -259,12 +281,12 @@ std::size_t RecurrentStack<T>::pass_bytes(Index max_tokens, bool training) const
   counter.take<RoutingTable<T>>(tables);
   if (training) counter.take<typename Router::Tape>(layers);
   counter.take<T>(training ? layers : 2, saturating_product(max_tokens, config_.state));
-  std::size_t bytes = counter.bytes();
   const std::size_t table =
       RoutingTable<T>::bytes(max_tokens, config_.experts, router_.max_per_token());
-  bytes += static_cast<std::size_t>(tables) * table;
-  if (training) bytes += static_cast<std::size_t>(layers) * router_.tape_bytes(max_tokens);
-  return bytes;
+  counter.take<std::byte>(tables, static_cast<Index>(table));
+  const std::size_t tape = training ? router_.tape_bytes(max_tokens) : 0;
+  counter.take<std::byte>(layers, static_cast<Index>(tape));
+  return counter.bytes();
 }
 
 template <class T>
@@ -286,20 +308,32 @@ auto RecurrentStack<T>::make_pass(Workspace& memory, Index max_tokens, bool trai
 }
 
 template <class T>
+template <class Arena>
+auto RecurrentStack<T>::take_gradient(Arena& arena, Index max_tokens) const ->
+    typename Router::Tape {
+  typename Router::Tape d;  // what the head keeps for itself has no gradient
+  const RouterShape shape{config_.width, config_.experts, router_.max_per_token()};
+  static_cast<RouterTape<T>&>(d) = take_tape<T>(arena, shape, max_tokens);
+  d.side = {nullptr, max_tokens, 0};
+  return d;
+}
+
+template <class T>
 std::size_t RecurrentStack<T>::gradient_bytes(Index max_tokens) const noexcept {
-  ByteCounter counter;
+  ByteCounter counter, tape;
+  take_gradient(tape, max_tokens);
   counter.take<typename Router::Tape>(config_.layers);
+  counter.take<std::byte>(config_.layers, static_cast<Index>(tape.bytes()));
   counter.take<T>(max_tokens, config_.state);
   counter.take<T>(max_tokens, config_.state);
-  return counter.bytes() +
-         static_cast<std::size_t>(config_.layers) * router_.tape_bytes(max_tokens);
+  return counter.bytes();
 }
 
 template <class T>
 auto RecurrentStack<T>::make_gradient(Workspace& memory, Index max_tokens) const -> Gradient {
   Gradient d;
   d.tapes = memory.template take<typename Router::Tape>(config_.layers);
-  for (auto& tape : d.tapes) tape = router_.make_tape(memory, max_tokens);
+  for (auto& tape : d.tapes) tape = take_gradient(memory, max_tokens);
   d.d_state = memory.template take<T>(max_tokens, config_.state);
   d.d_before = memory.template take<T>(max_tokens, config_.state);
   return d;
@@ -348,6 +382,9 @@ void RecurrentStack<T>::begin_backward(const Pass& pass, MatView<const T> d_last
   require(!pass.tapes.empty() && pass.next == config_.layers, Errc::state_error,
           "RecurrentStack: backward needs a training pass through all ", config_.layers,
           " layers, got ", pass.tapes.empty() ? 0 : pass.next);
+  require(static_cast<Index>(d.tapes.size()) == config_.layers, Errc::shape_mismatch,
+          "RecurrentStack: the gradient was made for ", d.tapes.size(), " layers, expected ",
+          config_.layers);
   require(d.d_state.rows >= pass.tokens, Errc::limit_exceeded, "RecurrentStack: ", pass.tokens,
           " tokens, the gradient was made for ", d.d_state.rows);
   if (d_last.data != nullptr) require_shape("d_last", d_last, pass.tokens, config_.state);
@@ -366,7 +403,10 @@ void RecurrentStack<T>::route_backward(Index layer, const Params<const T>& param
                                        const Context& context) const {
   require(layer == d.next - 1 && layer >= 0, Errc::state_error, "RecurrentStack: layer ", layer,
           " goes back, expected layer ", d.next - 1);
+  require(!pass.tapes.empty() && pass.tokens == d.tokens, Errc::state_error,
+          "RecurrentStack: layer ", layer, " goes back through another pass than it began with");
   check(params);
+  check_gradient(grad);
   const MatView<const T> before = state_after(pass, layer);
   const MatView<T> d_before = d.d_before.row_block(0, d.tokens);
   rows::fill(d_before, 0);

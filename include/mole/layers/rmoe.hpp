@@ -32,6 +32,7 @@
 #include "mole/kernels/activation.hpp"
 #include "mole/kernels/dense.hpp"
 #include "mole/kernels/rows.hpp"
+#include "mole/layers/layer_checks.hpp"
 #include "mole/layers/recurrent_stack.hpp"
 
 namespace mole::inline MOLE_ABI {
@@ -40,15 +41,18 @@ namespace mole::inline MOLE_ABI {
 template <class V, class Bank>
 struct RmoeParams {
   RecurrentStackParams<V> router;
-  std::span<const Bank> experts;  ///< one for each layer that is not dense
+  std::span<const Bank> experts;  ///< one for each layer that is not dense; of a gradient, or none
   MatView<V> norm = {}, base = {}, bias = {}, share_gate = {}, share_up = {}, share_down = {};
+
+  /// Those of routed layer l; empty where there are none.
+  Bank experts_of(std::size_t l) const noexcept { return l < experts.size() ? experts[l] : Bank{}; }
 
   template <class F, class P, class... More>
   static void visit(F&& f, P& p, More&... more) {
     visit_group<RecurrentStackParams<V>>(Leaf{"router"}, f, p.router, more.router...);
     for (std::size_t l = 0; l < p.experts.size(); ++l) {
-      visit_group<Bank>(Leaf{"experts", static_cast<Index>(l)}, f, p.experts[l],
-                        more.experts[l]...);
+      visit_group<Bank>(Leaf{"experts", static_cast<Index>(l)}, f, as_lvalue(p.experts_of(l)),
+                        as_lvalue(more.experts_of(l))...);
     }
     f(Leaf{"norm"}, p.norm, more.norm...);
     f(Leaf{"base"}, p.base, more.base...);
@@ -56,6 +60,12 @@ struct RmoeParams {
     f(Leaf{"share_gate"}, p.share_gate, more.share_gate...);
     f(Leaf{"share_up"}, p.share_up, more.share_up...);
     f(Leaf{"share_down"}, p.share_down, more.share_down...);
+  }
+
+ private:
+  template <class Part>
+  static const Part& as_lvalue(const Part& part) noexcept {
+    return part;
   }
 };
 
@@ -114,7 +124,7 @@ class Rmoe {
     typename Routers::Prepared routers;
     std::span<typename B::Prepared> experts;                      ///< [routed layers]
     std::span<Panels<T>> base, share_gate, share_up, share_down;  ///< [layers], or empty
-    MatView<const T> norm, bias;                                  ///< the caller's
+    MatView<const T> norm, bias;                                  ///< [layers, width], or empty
   };
 
   /// What a pass leaves behind. In inference there is one layer's worth of everything.
@@ -159,7 +169,8 @@ class Rmoe {
   }
 
   /// y [tokens, width] is overwritten. `start` is h before the first layer, or empty. The last
-  /// state is `routers().state(tape.routers)`. Throws shape_mismatch or limit_exceeded.
+  /// state is `routers().state(tape.routers)`. Throws shape_mismatch, limit_exceeded or
+  /// out_of_memory before it writes.
   void forward(const Prepared& prepared, MatView<const T> x, MatView<const T> start, MatView<T> y,
                Tape& tape, const Context& context) const;
 
@@ -168,7 +179,8 @@ class Rmoe {
     routers_.begin_backward(tape.routers, d_last, d);
   }
   /// Adds into dx and grad, whose members may be empty. The gradient of `start` is then
-  /// `routers().d_start(d)`.
+  /// `routers().d_start(d)`. Throws shape_mismatch or out_of_memory, state_error without a training
+  /// tape of a whole forward or a begin_backward of its own, before it adds anything.
   void backward(const Weights& weights, const Tape& tape, MatView<const T> dy, Gradient& d,
                 MatView<T> dx, const Params<T>& grad, const Context& context) const;
 
@@ -187,6 +199,9 @@ class Rmoe {
   void take_rows(Arena& arena, Index max_tokens, bool training, Tape& tape) const;
   template <class P>
   void check(const P& params, bool optional) const;
+  void check_backward(const Weights& weights, const Tape& tape, MatView<const T> dy,
+                      const Gradient& d, MatView<T> dx, const Params<T>& grad,
+                      const Context& context) const;
   static MatView<T> rows_of(MatView<T> all, Index layer, Index tokens, Index cols) noexcept {
     return {all.row(layer % all.rows).data(), tokens, cols};
   }
@@ -226,14 +241,18 @@ Rmoe<B>::Rmoe(B experts, Config config)
     : experts_(std::move(experts)),
       config_(std::move(config)),
       routers_(router_config(experts_, config_)) {
-  static_assert(!B::needs_base);
+  static_assert(!B::needs_base, "Rmoe hands no base product to its experts");
   require(experts_.input_width() == experts_.output_width(), Errc::invalid_argument,
           "Rmoe: the experts map ", experts_.input_width(), " to ", experts_.output_width(),
           ", expected equal widths");
   const auto& dense = config_.dense_layers;
   require_field(config_.share >= 0, "Rmoe", "share", "0 or more", config_.share);
-  require_field(config_.norm_epsilon >= T(0), "Rmoe", "norm_epsilon", "0 or more",
-                config_.norm_epsilon);
+  require_field(config_.norm_epsilon >= T(0) && std::isfinite(config_.norm_epsilon), "Rmoe",
+                "norm_epsilon", "a number from 0 up", config_.norm_epsilon);
+  require_field(std::isfinite(config_.moe_weight), "Rmoe", "moe_weight", "a finite number",
+                config_.moe_weight);
+  require_field(std::isfinite(config_.share_weight), "Rmoe", "share_weight", "a finite number",
+                config_.share_weight);
   require_field(dense.empty() || config_.base, "Rmoe", "dense_layers", "a base map",
                 static_cast<Index>(dense.size()));
   for (std::size_t i = 0; i < dense.size(); ++i) {
@@ -265,8 +284,9 @@ std::size_t Rmoe<B>::params_bytes() const noexcept {
   Params<T> params;
   take_base(counter, params);
   counter.take<typename B::template Params<T>>(routers_.layers());
-  return counter.bytes() + routers_.params_bytes() +
-         static_cast<std::size_t>(routers_.layers()) * experts_.template params_bytes<T>();
+  counter.take<std::byte>(routers_.layers(),
+                          static_cast<Index>(experts_.template params_bytes<T>()));
+  return counter.bytes() + routers_.params_bytes();
 }
 
 template <ExpertBank B>
@@ -289,7 +309,7 @@ void Rmoe<B>::check(const P& params, bool optional) const {
     if (optional && view.data == nullptr) return;
     const bool here = layers > 0;
     if (!here && view.empty()) return;
-    require_shape(name, view, layers * rows, here ? cols : 0);
+    require_shape(name, view, saturating_product(layers, rows), here ? cols : 0);
   };
   fits("norm", params.norm, has.norm, 1, width);
   fits("base", params.base, has.base, width, width);
@@ -309,10 +329,10 @@ std::size_t Rmoe<B>::prepared_bytes() const noexcept {
   take_base(counter, params);
   for (int part = 0; part < 4; ++part) counter.take<Panels<T>>(config_.layers);
   // Each panel is a piece of its own, with its own alignment.
-  const auto pieces = static_cast<std::size_t>(config_.layers) * 4 * kAlignment;
+  counter.take<std::byte>(config_.layers, static_cast<Index>(4 * kAlignment));
   counter.take<typename B::Prepared>(routers_.layers());
-  return counter.bytes() + pieces + routers_.prepared_bytes() +
-         static_cast<std::size_t>(routers_.layers()) * experts_.prepared_bytes();
+  counter.take<std::byte>(routers_.layers(), static_cast<Index>(experts_.prepared_bytes()));
+  return counter.bytes() + routers_.prepared_bytes();
 }
 
 template <ExpertBank B>
@@ -334,8 +354,8 @@ auto Rmoe<B>::prepare(const Weights& weights, Workspace& memory) const -> Prepar
   prepared.share_gate = pack(weights.share_gate, has.share, config_.share);
   prepared.share_up = pack(weights.share_up, has.share, config_.share);
   prepared.share_down = pack(weights.share_down, has.share, width());
-  prepared.norm = weights.norm;
-  prepared.bias = weights.bias;
+  prepared.norm = rows::clone(weights.norm, memory);
+  prepared.bias = rows::clone(weights.bias, memory);
   return prepared;
 }
 
@@ -346,8 +366,9 @@ std::size_t Rmoe<B>::scratch_bytes(Index max_tokens, int workers) const noexcept
   for (int part = 0; part < 3; ++part) counter.take<T>(max_tokens, width());
   for (int part = 0; part < 4; ++part) counter.take<T>(max_tokens, config_.share);
   counter.take<std::int32_t>(max_tokens);
-  return counter.bytes() + std::max(routers_.scratch_bytes(max_tokens, workers),
-                                    experts_.scratch_bytes(max_tokens, slots, workers));
+  return counter.bytes() + bank_params_bytes(experts_) +
+         std::max(routers_.scratch_bytes(max_tokens, workers),
+                  experts_.scratch_bytes(max_tokens, slots, workers));
 }
 
 template <ExpertBank B>
@@ -373,13 +394,13 @@ std::size_t Rmoe<B>::tape_bytes(Index max_tokens, bool training) const noexcept 
   ByteCounter counter;
   Tape tape;
   take_rows(counter, max_tokens, training, tape);
-  std::size_t bytes = routers_.pass_bytes(max_tokens, training);
   if (training) {
     counter.take<typename B::Tape>(routers_.layers());
-    const Index slots = saturating_product(max_tokens, config_.k);
-    bytes += static_cast<std::size_t>(routers_.layers()) * experts_.tape_bytes(max_tokens, slots);
+    const std::size_t tape =
+        experts_.tape_bytes(max_tokens, saturating_product(max_tokens, config_.k));
+    counter.take<std::byte>(routers_.layers(), static_cast<Index>(tape));
   }
-  return bytes + counter.bytes();
+  return counter.bytes() + routers_.pass_bytes(max_tokens, training);
 }
 
 template <ExpertBank B>
@@ -466,6 +487,7 @@ void Rmoe<B>::forward(const Prepared& prepared, MatView<const T> x, MatView<cons
   require_shape("y", y, tokens, width);
   require_apart("y", y, "x", x);
   routers_.begin(tape.routers, tokens, start);
+  require_scratch(context, scratch_bytes(tokens, context.workers));
   tape.tokens = tokens;
   rows::copy(x, y);
   Index routed = 0;
@@ -546,25 +568,44 @@ void Rmoe<B>::moe_backward(const Weights& weights, Index layer, Index routed, Ma
     rows::add<T>(config_.moe_weight, dm, weighted);
     d_moe = weighted;
   }
-  if (grad.bias.data != nullptr) dense::bias_gradient<T>(d_moe, rows::block(grad.bias, layer, 1));
+  if (config_.out_bias && grad.bias.data != nullptr) {
+    dense::bias_gradient<T>(d_moe, rows::block(grad.bias, layer, 1));
+  }
   const Routing<T> routing = tape.routers.tables[routed].view();
-  const typename B::template Params<T> absent{};
   experts_.backward(weights.experts[routed], tape.experts[routed], {.x = u}, routing, d_moe,
                     d.tapes[routed].gate.row(0), {.x = du},
-                    grad.experts.empty() ? absent : grad.experts[routed], context);
+                    grad.experts_of(static_cast<std::size_t>(routed)), context);
   routers_.route_backward(routed, weights.router, tape.routers, {.x = u}, {}, d, du, grad.router,
                           context);
+}
+
+template <ExpertBank B>
+void Rmoe<B>::check_backward(const Weights& weights, const Tape& tape, MatView<const T> dy,
+                             const Gradient& d, MatView<T> dx, const Params<T>& grad,
+                             const Context& context) const {
+  const Index tokens = tape.tokens, layers = routers_.layers();
+  require(static_cast<Index>(tape.experts.size()) == layers && tape.routers.next == layers,
+          Errc::state_error, "Rmoe: backward needs a training tape of a whole forward");
+  require(d.next == layers && d.tokens == tokens, Errc::state_error,
+          "Rmoe: backward needs a begin_backward of its own");
+  check(weights, false);
+  check(grad, true);
+  routers_.check(weights.router);
+  routers_.check_gradient(grad.router);
+  require_shape("dy", dy, tokens, width());
+  if (dx.data != nullptr) require_shape("dx", dx, tokens, width());
+  require_scratch(context, scratch_bytes(tokens, context.workers));
+  for (std::size_t r = 0; r < weights.experts.size(); ++r) {
+    require_bank_params(experts_, weights.experts[r], grad.experts_of(r), context);
+  }
 }
 
 template <ExpertBank B>
 void Rmoe<B>::backward(const Weights& weights, const Tape& tape, MatView<const T> dy, Gradient& d,
                        MatView<T> dx, const Params<T>& grad, const Context& context) const {
   const Index tokens = tape.tokens, width = this->width();
-  check(weights, false);
-  check(grad, true);
-  require_shape("dy", dy, tokens, width);
-  if (dx.data != nullptr) require_shape("dx", dx, tokens, width);
   const Workspace::Frame frame(context.scratch);
+  check_backward(weights, tape, dy, d, dx, grad, context);
   const MatView<T> flow = context.scratch.template take<T>(tokens, width);  // by what a layer gives
   const MatView<T> du = context.scratch.template take<T>(tokens, width);
   rows::copy(dy, flow);
@@ -577,7 +618,7 @@ void Rmoe<B>::backward(const Weights& weights, const Tape& tape, MatView<const T
     if (config_.base) {
       dense::input_gradient<T>(rows::block(weights.base, l, width), flow, du, context);
     }
-    if (grad.base.data != nullptr) {
+    if (config_.base && grad.base.data != nullptr) {
       dense::weight_gradient<T>(u, flow, rows::block(grad.base, l, width), context);
     }
     if (!is_dense(l)) {

@@ -216,7 +216,7 @@ void GruHead<T>::check_gradient(const Params<T>& grad) const {
     require_shape("grad.projection", grad.projection, cell.state, input_width);
   }
   linear.check_gradient(grad.head);
-  if (grad.cell.input_weight.data != nullptr) cell.check(grad.cell);
+  cell.check_gradient(grad.cell);
 }
 
 template <class T>

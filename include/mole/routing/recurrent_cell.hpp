@@ -20,6 +20,7 @@
 #include "mole/core/workspace.hpp"
 #include "mole/kernels/dense.hpp"
 #include "mole/kernels/math.hpp"
+#include "mole/kernels/rows.hpp"
 #include "mole/routing/project.hpp"
 
 namespace mole::inline MOLE_ABI {
@@ -50,7 +51,7 @@ struct CellParams {
 template <class T>
 struct CellPrepared {
   Panels<T> input_weight, hidden_weight;
-  MatView<const T> input_bias, hidden_bias;  ///< the caller's
+  MatView<const T> input_bias, hidden_bias;
 };
 
 /// What backward needs of forward.
@@ -93,6 +94,9 @@ struct RecurrentCell {
 
   /// Throws shape_mismatch, naming the member.
   void check(const CellParams<const T>& params) const;
+  /// The same for gradients, any of which may be absent.
+  void check_gradient(const CellParams<T>& grad) const;
+  /// A packed copy. Throws what `check` throws.
   CellPrepared<T> prepare(const CellParams<const T>& params, Workspace& memory) const;
 
   /// Fills the tape of these tokens; the next state is tape.state.
@@ -113,8 +117,7 @@ struct RecurrentCell {
 template <class T>
 std::size_t RecurrentCell<T>::prepared_bytes() const noexcept {
   ByteCounter counter;
-  counter.take<T>(rows(), input);
-  counter.take<T>(rows(), state);
+  take_params(counter);
   return counter.bytes();
 }
 
@@ -135,14 +138,22 @@ void RecurrentCell<T>::check(const CellParams<const T>& params) const {
 }
 
 template <class T>
+void RecurrentCell<T>::check_gradient(const CellParams<T>& grad) const {
+  const auto fits = [](const char* name, MatView<T> view, Index height, Index width) {
+    if (view.data != nullptr) require_shape(name, view, height, width);
+  };
+  fits("grad.cell.input_weight", grad.input_weight, rows(), input);
+  fits("grad.cell.hidden_weight", grad.hidden_weight, rows(), state);
+  fits("grad.cell.input_bias", grad.input_bias, bias ? 1 : 0, bias ? rows() : 0);
+  fits("grad.cell.hidden_bias", grad.hidden_bias, bias ? 1 : 0, bias ? rows() : 0);
+}
+
+template <class T>
 CellPrepared<T> RecurrentCell<T>::prepare(const CellParams<const T>& params,
                                           Workspace& memory) const {
   check(params);
-  const auto pack = [&](MatView<const T> weight) {
-    return pack_panels(weight, memory.template take<T>(weight.rows, weight.cols).data);
-  };
-  return {pack(params.input_weight), pack(params.hidden_weight), params.input_bias,
-          params.hidden_bias};
+  return {rows::pack(params.input_weight, memory), rows::pack(params.hidden_weight, memory),
+          rows::clone(params.input_bias, memory), rows::clone(params.hidden_bias, memory)};
 }
 
 template <class T>
