@@ -5,9 +5,9 @@
 //   1  k-means of the contexts with one centre an expert: nearest by mean |·|, ties to the lower
 //      centre, at most max_iterations; it has converged once no centre moves by more than
 //      tolerance_abs + tolerance_rel · |the old one|
-//   2  L_je = median over the members of cluster j of the loss of expert e; a NaN counts as
-//   infinite 3  clusters in order: each takes the expert with the smallest L_je that is left 4  [W,
-//   b] = argmin ‖[ξ + noise, 1] [W, b]ᵀ - Y‖, Y one-hot of the expert, the shortest solution
+//   2  L_je = median over the members of cluster j of the loss of expert e, NaN being infinite
+//   3  clusters in order: each takes the expert with the smallest L_je that is left
+//   4  [W, b] = argmin ‖[ξ + noise, 1] [W, b]ᵀ - Y‖, Y one-hot of the expert, the shortest solution
 //
 // A cluster without members, convergence in the last iteration and none at all fit nothing: the
 // router stays, and the centres are 0, to be drawn anew. The members are those by the centres

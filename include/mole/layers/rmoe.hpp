@@ -396,9 +396,9 @@ std::size_t Rmoe<B>::tape_bytes(Index max_tokens, bool training) const noexcept 
   take_rows(counter, max_tokens, training, tape);
   if (training) {
     counter.take<typename B::Tape>(routers_.layers());
-    const std::size_t tape =
+    const std::size_t each =
         experts_.tape_bytes(max_tokens, saturating_product(max_tokens, config_.k));
-    counter.take<std::byte>(routers_.layers(), static_cast<Index>(tape));
+    counter.take<std::byte>(routers_.layers(), static_cast<Index>(each));
   }
   return counter.bytes() + routers_.pass_bytes(max_tokens, training);
 }
