@@ -35,7 +35,8 @@ void mix_slots(Index begin, Index end, std::span<const std::int32_t> expert,
   ChainProduct<T> p;
   p.rows = 1;
   p.cols = to.cols;
-  p.a = MatView<const T>(q, kSlotTile, 1);
+  const MatView<T> by_depth(q, kSlotTile, 1);
+  p.a = MatView<const T>(by_depth);
   p.b = {from, slot};
   p.c = to;
   p.a_by_depth = true;
