@@ -212,7 +212,7 @@ TEMPLATE_TEST_CASE("every kind of the registry is unique and comes back from JSO
   };
   check(mole::RouterTypes<TestType>());
   check(mole::BankTypes<TestType>());
-  CHECK(kinds.size() == 46);
+  CHECK(kinds.size() == 47);
   CHECK(thrown([&] { with_kind(mole::BankTypes<TestType>(), "dora", [](auto) {}); }) ==
         "unsupported: kind \"dora\" is unknown, expected one of ffn_bank, film_bank, linear_bank, "
         "lora_bank, modulated_bank, shared_down_bank, shared_up_bank");
