@@ -81,20 +81,26 @@ set(MOLE_SOURCES
     src/routers/gru.cpp
     src/routers/gshard.cpp
     src/routers/hard_top_k.cpp
-    src/routers/hard_top_k_by_id.cpp
     src/routers/hash.cpp
+    src/routers/learned_threshold.cpp
     src/routers/lora_mixer.cpp
     src/routers/mlp.cpp
     src/routers/mova.cpp
     src/routers/near_best.cpp
     src/routers/noisy_top_k.cpp
+    src/routers/one_plus.cpp
+    src/routers/one_plus_by_id.cpp
     src/routers/pathway.cpp
     src/routers/prototype.cpp
     src/routers/prototype_choice.cpp
+    src/routers/random.cpp
     src/routers/rank.cpp
+    src/routers/relu.cpp
+    src/routers/scored_hash.cpp
     src/routers/sequence.cpp
     src/routers/sigmoid.cpp
     src/routers/sinkhorn.cpp
+    src/routers/straight_through.cpp
     src/routers/switch.cpp
     src/routers/task.cpp
     src/routers/threshold.cpp
@@ -109,6 +115,7 @@ set(MOLE_SOURCES
     src/routing/attention_head.cpp
     src/routing/call.cpp
     src/routing/entropy.cpp
+    src/routing/hash_rule.cpp
     src/routing/limit.cpp
     src/routing/linear.cpp
     src/routing/mlp_head.cpp
@@ -237,20 +244,27 @@ set(MOLE_HEADERS
     include/mole/routers/gru.hpp
     include/mole/routers/gshard.hpp
     include/mole/routers/hard_top_k.hpp
-    include/mole/routers/hard_top_k_by_id.hpp
     include/mole/routers/hash.hpp
+    include/mole/routers/learned_threshold.hpp
     include/mole/routers/lora_mixer.hpp
+    include/mole/routers/low_rank.hpp
     include/mole/routers/mlp.hpp
     include/mole/routers/mova.hpp
     include/mole/routers/near_best.hpp
     include/mole/routers/noisy_top_k.hpp
+    include/mole/routers/one_plus.hpp
+    include/mole/routers/one_plus_by_id.hpp
     include/mole/routers/pathway.hpp
     include/mole/routers/prototype.hpp
     include/mole/routers/prototype_choice.hpp
+    include/mole/routers/random.hpp
     include/mole/routers/rank.hpp
+    include/mole/routers/relu.hpp
+    include/mole/routers/scored_hash.hpp
     include/mole/routers/sequence.hpp
     include/mole/routers/sigmoid.hpp
     include/mole/routers/sinkhorn.hpp
+    include/mole/routers/straight_through.hpp
     include/mole/routers/switch.hpp
     include/mole/routers/task.hpp
     include/mole/routers/threshold.hpp
@@ -268,6 +282,8 @@ set(MOLE_HEADERS
     include/mole/routing/call.hpp
     include/mole/routing/capacity.hpp
     include/mole/routing/entropy.hpp
+    include/mole/routing/field_checks.hpp
+    include/mole/routing/hash_rule.hpp
     include/mole/routing/head.hpp
     include/mole/routing/head_router.hpp
     include/mole/routing/limit.hpp

@@ -4,10 +4,6 @@
 namespace mole::inline MOLE_ABI {
 template struct ForcedRule<float>;
 template struct ForcedRule<double>;
-template struct RandomRule<float>;
-template struct RandomRule<double>;
 template class HeadRouter<float, NoHead<float>, ForcedRule<float>>;
 template class HeadRouter<double, NoHead<double>, ForcedRule<double>>;
-template class HeadRouter<float, NoHead<float>, RandomRule<float>>;
-template class HeadRouter<double, NoHead<double>, RandomRule<double>>;
 }  // namespace mole::inline MOLE_ABI

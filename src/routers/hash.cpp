@@ -2,10 +2,6 @@
 #include "mole/routers/hash.hpp"
 
 namespace mole::inline MOLE_ABI {
-template struct HashRule<float>;
-template struct HashRule<double>;
 template class HeadRouter<float, NoHead<float>, HashRule<float>>;
 template class HeadRouter<double, NoHead<double>, HashRule<double>>;
-template class HeadRouter<float, LinearHead<float>, HashRule<float>>;
-template class HeadRouter<double, LinearHead<double>, HashRule<double>>;
 }  // namespace mole::inline MOLE_ABI

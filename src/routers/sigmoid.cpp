@@ -4,10 +4,6 @@
 namespace mole::inline MOLE_ABI {
 template struct SigmoidRule<float>;
 template struct SigmoidRule<double>;
-template struct ReluRule<float>;
-template struct ReluRule<double>;
 template class HeadRouter<float, LinearHead<float>, SigmoidRule<float>>;
 template class HeadRouter<double, LinearHead<double>, SigmoidRule<double>>;
-template class HeadRouter<float, LinearHead<float>, ReluRule<float>>;
-template class HeadRouter<double, LinearHead<double>, ReluRule<double>>;
 }  // namespace mole::inline MOLE_ABI

@@ -4,10 +4,6 @@
 namespace mole::inline MOLE_ABI {
 template struct ThresholdRule<float>;
 template struct ThresholdRule<double>;
-template struct LearnedThresholdRule<float>;
-template struct LearnedThresholdRule<double>;
 template class HeadRouter<float, LinearHead<float>, ThresholdRule<float>>;
 template class HeadRouter<double, LinearHead<double>, ThresholdRule<double>>;
-template class HeadRouter<float, LinearPairHead<float>, LearnedThresholdRule<float>>;
-template class HeadRouter<double, LinearPairHead<double>, LearnedThresholdRule<double>>;
 }  // namespace mole::inline MOLE_ABI

@@ -8,6 +8,7 @@
 #include "mole/layers/session.hpp"
 #include "mole/routers/attention.hpp"
 #include "mole/routers/grouped.hpp"
+#include "mole/routers/low_rank.hpp"
 #include "mole/routers/mlp.hpp"
 #include "mole/routers/near_best.hpp"
 #include "mole/routers/prototype.hpp"

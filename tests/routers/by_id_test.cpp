@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "contracts/router_table.hpp"
-#include "mole/routers/hard_top_k_by_id.hpp"
+#include "mole/routers/one_plus_by_id.hpp"
 
 using mole::Index;
 using mole::OnePlusByIdRouter;

@@ -3,7 +3,11 @@
 #include "contracts/router_table.hpp"
 #include "mole/routers/hard_top_k.hpp"
 #include "mole/routers/hash.hpp"
+#include "mole/routers/learned_threshold.hpp"
 #include "mole/routers/noisy_top_k.hpp"
+#include "mole/routers/one_plus.hpp"
+#include "mole/routers/scored_hash.hpp"
+#include "mole/routers/straight_through.hpp"
 #include "mole/routers/threshold.hpp"
 
 namespace {

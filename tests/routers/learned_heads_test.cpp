@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Routers whose logits come from a small network, a low-rank map or a learned task embedding.
 #include "contracts/router_table.hpp"
+#include "mole/routers/low_rank.hpp"
 #include "mole/routers/mlp.hpp"
 #include "mole/routers/task.hpp"
 

@@ -8,6 +8,7 @@
 #include "mole/routers/forced.hpp"
 #include "mole/routers/grouped.hpp"
 #include "mole/routers/near_best.hpp"
+#include "mole/routers/random.hpp"
 #include "mole/routers/rank.hpp"
 
 namespace {

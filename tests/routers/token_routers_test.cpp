@@ -2,6 +2,7 @@
 // The contract over routers with linear logits that decide token by token.
 #include "contracts/router_table.hpp"
 #include "mole/routers/deepseek.hpp"
+#include "mole/routers/relu.hpp"
 #include "mole/routers/sigmoid.hpp"
 #include "mole/routers/top_p.hpp"
 #include "mole/routers/tsallis.hpp"

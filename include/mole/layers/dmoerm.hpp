@@ -181,16 +181,14 @@ class Dmoerm {
 
 template <class T>
 Dmoerm<T>::Dmoerm(const Config& config) : config_(config) {
-  const auto check = [](bool good, const char* field, const char* expected, auto got) {
-    require_field(good, "Dmoerm", field, expected, got);
-  };
-  check(config.width >= 1, "width", "at least 1", config.width);
-  check(config.categories >= 1, "categories", "at least 1", config.categories);
-  check(config.adapters >= 1, "adapters", "at least 1", config.adapters);
-  check(config.rank >= 1, "rank", "at least 1", config.rank);
-  check(std::isfinite(config.scale), "scale", "a finite number", config.scale);
-  check(config.adapter >= 0 && config.adapter < config.adapters, "adapter", "below adapters",
-        config.adapter);
+  constexpr const char* kName = "Dmoerm";
+  require_count(kName, "width", config.width);
+  require_count(kName, "categories", config.categories);
+  require_count(kName, "adapters", config.adapters);
+  require_count(kName, "rank", config.rank);
+  require_finite(kName, "scale", config.scale);
+  require_field(config.adapter >= 0 && config.adapter < config.adapters, kName, "adapter",
+                "below adapters", config.adapter);
   constexpr Index kLimit = Index{1} << 31;  // so that products of two sizes fit
   const Index experts = saturating_product(config.categories, config.adapters);
   const Index rows = saturating_product(experts, std::max(config.width, config.rank));

@@ -209,19 +209,16 @@ class Home {
 
 template <class T>
 Home<T>::Home(Config config) : config_(std::move(config)) {
-  const auto check = [](bool good, const char* field, const char* expected, auto got) {
-    require_field(good, "Home", field, expected, got);
-  };
-  check(config_.width >= 1, "width", "at least 1", config_.width);
-  check(config_.out >= 1, "out", "at least 1", config_.out);
-  check(config_.experts >= 1, "experts", "at least 1", config_.experts);
-  check(config_.tasks >= 1, "tasks", "at least 1", config_.tasks);
-  check(config_.rank >= 0, "rank", "0 or more", config_.rank);
-  check(config_.groups >= 0, "groups", "0 or more", config_.groups);
-  check(config_.groups == 0 || config_.feature_rank >= 1, "feature_rank", "at least 1",
-        config_.feature_rank);
-  check(config_.norm_epsilon >= T(0) && std::isfinite(config_.norm_epsilon), "norm_epsilon",
-        "a number from 0 up", config_.norm_epsilon);
+  constexpr const char* kName = "Home";
+  require_count(kName, "width", config_.width);
+  require_count(kName, "out", config_.out);
+  require_count(kName, "experts", config_.experts);
+  require_count(kName, "tasks", config_.tasks);
+  require_field(config_.rank >= 0, kName, "rank", "0 or more", config_.rank);
+  require_field(config_.groups >= 0, kName, "groups", "0 or more", config_.groups);
+  require_field(config_.groups == 0 || config_.feature_rank >= 1, kName, "feature_rank",
+                "at least 1", config_.feature_rank);
+  require_from_zero(kName, "norm_epsilon", config_.norm_epsilon);
   const auto masks = saturating_product(config_.tasks, config_.experts);
   const auto size = [](const auto& list) { return static_cast<Index>(list.size()); };
   require(size(config_.visible) == masks && size(config_.own) == masks, Errc::shape_mismatch,
@@ -231,7 +228,8 @@ Home<T>::Home(Config config) : config_(std::move(config)) {
           Errc::shape_mismatch, "Home: group_of: expected ",
           config_.groups > 0 ? config_.experts : 0, " values, got ", size(config_.group_of));
   for (const Index group : config_.group_of) {
-    check(group >= -1 && group < config_.groups, "group_of", "-1 ... groups - 1", group);
+    require_field(group >= -1 && group < config_.groups, kName, "group_of", "-1 ... groups - 1",
+                  group);
   }
 }
 

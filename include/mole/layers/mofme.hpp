@@ -150,9 +150,8 @@ Mofme<R>::Mofme(R router, const Config& config)
       square_{width(), width(), true},
       inner_{width(), config.hidden, true},
       outer_{config.hidden, width(), true} {
-  require_field(config.hidden >= 1, "Mofme", "hidden", "at least 1", config.hidden);
-  require_field(config.norm_epsilon >= T(0) && std::isfinite(config.norm_epsilon), "Mofme",
-                "norm_epsilon", "a number from 0 up", config.norm_epsilon);
+  require_count("Mofme", "hidden", config.hidden);
+  require_from_zero("Mofme", "norm_epsilon", config.norm_epsilon);
 }
 
 template <Router R>

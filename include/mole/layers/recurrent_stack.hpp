@@ -194,8 +194,8 @@ RecurrentStack<T>::RecurrentStack(const Config& config)
                .cell_bias = config.cell_bias,
                .bias = config.bias,
                .renormalise = config.renormalise}) {
-  require_field(config.layers >= 1, "RecurrentStack", "layers", "at least 1", config.layers);
-  require_field(config.state >= 1, "RecurrentStack", "state", "at least 1", config.state);
+  require_count("RecurrentStack", "layers", config.layers);
+  require_count("RecurrentStack", "state", config.state);
 }
 
 template <class T>

@@ -247,12 +247,9 @@ Rmoe<B>::Rmoe(B experts, Config config)
           ", expected equal widths");
   const auto& dense = config_.dense_layers;
   require_field(config_.share >= 0, "Rmoe", "share", "0 or more", config_.share);
-  require_field(config_.norm_epsilon >= T(0) && std::isfinite(config_.norm_epsilon), "Rmoe",
-                "norm_epsilon", "a number from 0 up", config_.norm_epsilon);
-  require_field(std::isfinite(config_.moe_weight), "Rmoe", "moe_weight", "a finite number",
-                config_.moe_weight);
-  require_field(std::isfinite(config_.share_weight), "Rmoe", "share_weight", "a finite number",
-                config_.share_weight);
+  require_from_zero("Rmoe", "norm_epsilon", config_.norm_epsilon);
+  require_finite("Rmoe", "moe_weight", config_.moe_weight);
+  require_finite("Rmoe", "share_weight", config_.share_weight);
   require_field(dense.empty() || config_.base, "Rmoe", "dense_layers", "a base map",
                 static_cast<Index>(dense.size()));
   for (std::size_t i = 0; i < dense.size(); ++i) {

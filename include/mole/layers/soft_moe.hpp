@@ -19,7 +19,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -177,15 +176,12 @@ class SoftMoe {
 template <ExpertBank B>
 SoftMoe<B>::SoftMoe(B experts, const Config& config)
     : experts_(std::move(experts)), config_(config) {
-  const auto check = [](bool good, const char* field, const char* expected, auto got) {
-    require_field(good, "SoftMoe", field, expected, got);
-  };
+  constexpr const char* kName = "SoftMoe";
   constexpr Index kLimit = Index{1} << 31;
-  check(config.slots >= 1 && config.slots <= kLimit / experts_.experts(), "slots",
-        "at least 1 and at most 2^31 in all", config.slots);
-  check(config.max_sequences >= 1, "max_sequences", "at least 1", config.max_sequences);
-  check(config.epsilon >= 0 && std::isfinite(config.epsilon), "epsilon", "a number from 0 up",
-        config.epsilon);
+  require_field(config.slots >= 1 && config.slots <= kLimit / experts_.experts(), kName, "slots",
+                "at least 1 and at most 2^31 in all", config.slots);
+  require_count(kName, "max_sequences", config.max_sequences);
+  require_from_zero(kName, "epsilon", config.epsilon);
   slots_ = {input_width(), experts_.experts() * config.slots, config.normalise, config.epsilon};
 }
 

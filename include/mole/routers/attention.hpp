@@ -18,8 +18,6 @@
 // one matrix, in the order query, key, value.
 #pragma once
 
-#include <cmath>
-
 #include "mole/core/config.hpp"
 #include "mole/core/description.hpp"
 #include "mole/routing/attention_head.hpp"
@@ -67,15 +65,10 @@ class AttentionRouter : public HeadRouter<T, AttentionHead<T>, TopKRule<T>> {
               config.renorm_epsilon, config.scale},
              config.temperature}),
         config_(config) {
-    const auto check = [](bool good, const char* field, const char* expected, auto got) {
-      require_field(good, "AttentionRouter", field, expected, got);
-    };
-    check(config.k >= 1 && config.k <= config.experts, "k", "1 ... experts", config.k);
-    check(config.renorm_epsilon >= T(0) && std::isfinite(config.renorm_epsilon), "renorm_epsilon",
-          "a number from 0 up", config.renorm_epsilon);
-    check(config.temperature > T(0) && std::isfinite(config.temperature), "temperature",
-          "a positive number", config.temperature);
-    check(std::isfinite(config.scale), "scale", "a finite number", config.scale);
+    require_k("AttentionRouter", config.k, config.experts);
+    require_from_zero("AttentionRouter", "renorm_epsilon", config.renorm_epsilon);
+    require_positive("AttentionRouter", "temperature", config.temperature);
+    require_finite("AttentionRouter", "scale", config.scale);
   }
 
   const Config& config() const noexcept { return config_; }

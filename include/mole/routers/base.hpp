@@ -17,13 +17,13 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <span>
 
 #include "mole/core/config.hpp"
 #include "mole/core/description.hpp"
+#include "mole/routing/capacity.hpp"
 #include "mole/routing/head_router.hpp"
 
 namespace mole::inline MOLE_ABI {
@@ -171,17 +171,8 @@ void BaseRule<T>::forward(const RuleBatch<T>& batch, const Buffers& buffers, Rou
 template <class T>
 void BaseRule<T>::backward(const RuleBatch<T>& batch, const Buffers&, const Routing<T>& routing,
                            const RuleBatchGradient<T>& d, const Context& context) const {
-  parallel_for(context, batch.logits.rows, kTokensPerTask, [&](Index begin, Index end, int) {
-    for (Index t = begin; t < end; ++t) {
-      stages::score_backward<T>(Score::sigmoid, batch.logits.row(t), batch.prob.row(t),
-                                d.dprob.row(t), d.dlogits.row(t));
-      for (Index s = routing.token_begin[t]; s < routing.token_begin[t + 1]; ++s) {
-        const Index e = routing.expert[s];
-        const T p = batch.prob(t, e);
-        d.dlogits(t, e) = std::fma(d.dgate[s], p * (T(1) - p), d.dlogits(t, e));
-      }
-    }
-  });
+  stages::sigmoid_gates_backward<T>(batch.logits, batch.prob, routing, d.dgate, d.dprob, d.dlogits,
+                                    context);
 }
 
 #ifndef MOLE_HEADER_ONLY

@@ -17,8 +17,6 @@
 // with -infinity. Megatron's group score has group_score_top = k / keep_groups.
 #pragma once
 
-#include <cmath>
-
 #include "mole/core/config.hpp"
 #include "mole/core/description.hpp"
 #include "mole/routing/head_router.hpp"
@@ -99,22 +97,20 @@ class DeepSeekRouter : public HeadRouter<T, LinearHead<T>, DeepSeekRule<T>> {
              {config.score, false, config.renormalise, config.renorm_epsilon, config.route_scale},
              {config.groups, config.keep_groups, config.group_score_top, config.fill_zero}}),
         config_(config) {
-    const auto check = [](bool good, const char* field, const char* expected, auto got) {
-      require_field(good, "DeepSeekRouter", field, expected, got);
-    };
-    check(config.groups >= 1 && config.experts % config.groups == 0, "groups",
-          "a divisor of experts", config.groups);
-    check(config.keep_groups >= 1 && config.keep_groups <= config.groups, "keep_groups",
-          "1 ... groups", config.keep_groups);
+    constexpr const char* kName = "DeepSeekRouter";
+    require_field(config.groups >= 1 && config.experts % config.groups == 0, kName, "groups",
+                  "a divisor of experts", config.groups);
+    require_field(config.keep_groups >= 1 && config.keep_groups <= config.groups, kName,
+                  "keep_groups", "1 ... groups", config.keep_groups);
     const Index block = config.experts / config.groups;
-    check(config.groups == 1 || (config.group_score_top >= 1 && config.group_score_top <= block),
-          "group_score_top", "1 ... experts / groups", config.group_score_top);
-    check(config.k >= 1 &&
-              config.k <= (config.fill_zero ? config.experts : config.keep_groups * block),
-          "k", "1 ... experts of the kept groups", config.k);
-    check(config.renorm_epsilon >= T(0) && std::isfinite(config.renorm_epsilon), "renorm_epsilon",
-          "a number from 0 up", config.renorm_epsilon);
-    check(std::isfinite(config.route_scale), "route_scale", "a finite number", config.route_scale);
+    require_field(
+        config.groups == 1 || (config.group_score_top >= 1 && config.group_score_top <= block),
+        kName, "group_score_top", "1 ... experts / groups", config.group_score_top);
+    require_field(config.k >= 1 &&
+                      config.k <= (config.fill_zero ? config.experts : config.keep_groups * block),
+                  kName, "k", "1 ... experts of the kept groups", config.k);
+    require_from_zero(kName, "renorm_epsilon", config.renorm_epsilon);
+    require_finite(kName, "route_scale", config.route_scale);
   }
 
   const Config& config() const noexcept { return config_; }

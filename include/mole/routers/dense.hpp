@@ -8,7 +8,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <span>
@@ -16,6 +15,7 @@
 #include "mole/core/config.hpp"
 #include "mole/core/description.hpp"
 #include "mole/routing/call.hpp"
+#include "mole/routing/field_checks.hpp"
 #include "mole/routing/router.hpp"
 #include "mole/routing/stages.hpp"
 
@@ -102,14 +102,10 @@ class DenseRouter {
 template <class T>
 DenseRouter<T>::DenseRouter(const Config& config)
     : config_(config), head_{config.width, config.experts, config.bias} {
-  const auto check = [](bool good, const char* field, const char* expected, auto got) {
-    require(good, Errc::invalid_argument, "DenseRouter: ", field, ": expected ", expected, ", got ",
-            got);
-  };
-  check(config.width >= 1, "width", "at least 1", config.width);
-  check(config.experts >= 1, "experts", "at least 1", config.experts);
-  check(config.temperature > T(0) && std::isfinite(config.temperature), "temperature",
-        "a positive number", config.temperature);
+  constexpr const char* kName = "DenseRouter";
+  require_count(kName, "width", config.width);
+  require_count(kName, "experts", config.experts);
+  require_positive(kName, "temperature", config.temperature);
 }
 
 template <class T>

@@ -15,7 +15,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 
 #include "mole/core/config.hpp"
 #include "mole/core/description.hpp"
@@ -66,14 +65,12 @@ class GroupedRouter : public HeadRouter<T, LinearHead<T>, GroupedRule<T>> {
              config.k,
              {Score::softmax, false, config.renormalise, T(0), config.scale}}),
         config_(config) {
-    const auto check = [](bool good, const char* field, const char* expected, auto got) {
-      require_field(good, "GroupedRouter", field, expected, got);
-    };
-    check(config.groups >= 1 && config.experts % config.groups == 0, "groups",
-          "a divisor of experts", config.groups);
-    check(config.k >= 1 && config.k <= config.experts / config.groups, "k",
-          "1 ... experts of a group", config.k);
-    check(std::isfinite(config.scale), "scale", "a finite number", config.scale);
+    constexpr const char* kName = "GroupedRouter";
+    require_field(config.groups >= 1 && config.experts % config.groups == 0, kName, "groups",
+                  "a divisor of experts", config.groups);
+    require_field(config.k >= 1 && config.k <= config.experts / config.groups, kName, "k",
+                  "1 ... experts of a group", config.k);
+    require_finite(kName, "scale", config.scale);
   }
 
   const Config& config() const noexcept { return config_; }

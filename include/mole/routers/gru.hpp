@@ -19,8 +19,6 @@
 // the gradient through depth and divides the chosen scores by their sum.
 #pragma once
 
-#include <cmath>
-
 #include "mole/core/config.hpp"
 #include "mole/core/description.hpp"
 #include "mole/routing/head_router.hpp"
@@ -141,11 +139,9 @@ class GruRouter : public HeadRouter<T, GruHead<T>, TopKRule<T>> {
              linear_head<T>("GruRouter", config.state, config.experts, config.bias).linear},
             {config.k, {Score::softmax, false, config.renormalise, T(0), T(1)}}),
         config_(config) {
-    const auto check = [](bool good, const char* field, const char* expected, auto got) {
-      require_field(good, "GruRouter", field, expected, got);
-    };
-    check(config.width >= 1, "width", "at least 1", config.width);
-    check(config.k >= 1 && config.k <= config.experts, "k", "1 ... experts", config.k);
+    constexpr const char* kName = "GruRouter";
+    require_count(kName, "width", config.width);
+    require_k(kName, config.k, config.experts);
   }
 
   const Config& config() const noexcept { return config_; }

@@ -20,7 +20,6 @@
 #pragma once
 
 #include <array>
-#include <cmath>
 #include <string_view>
 
 #include "mole/core/config.hpp"
@@ -101,16 +100,12 @@ class GShardRouter : public HeadRouter<T, LinearHead<T>, GShardRule<T>> {
             {config.capacity, config.renormalise_before_drop, config.by_gate, config.second,
              config.second_threshold, config.renorm_epsilon}),
         config_(config) {
-    const auto check = [](bool good, const char* field, const char* expected, auto got) {
-      require_field(good, "GShardRouter", field, expected, got);
-    };
-    check(config.capacity >= 0, "capacity", "at least 0", config.capacity);
-    check(config.renormalise_before_drop || config.second == SecondChoice::all, "second",
-          "all without renormalise_before_drop", static_cast<int>(config.second));
-    check(config.second_threshold >= T(0) && std::isfinite(config.second_threshold),
-          "second_threshold", "a number from 0 up", config.second_threshold);
-    check(config.renorm_epsilon >= T(0) && std::isfinite(config.renorm_epsilon), "renorm_epsilon",
-          "a number from 0 up", config.renorm_epsilon);
+    constexpr const char* kName = "GShardRouter";
+    require_field(config.capacity >= 0, kName, "capacity", "at least 0", config.capacity);
+    require_field(config.renormalise_before_drop || config.second == SecondChoice::all, kName,
+                  "second", "all without renormalise_before_drop", static_cast<int>(config.second));
+    require_from_zero(kName, "second_threshold", config.second_threshold);
+    require_from_zero(kName, "renorm_epsilon", config.renorm_epsilon);
   }
 
   const Config& config() const noexcept { return config_; }

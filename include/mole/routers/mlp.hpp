@@ -1,20 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// Top-k routers whose logits are not one linear map of x.
+// MlpRouter: top-k of the logits of a small network.
 //
-//   MlpRouter       h = act(x W1ᵀ + b1), again with W2 if hidden2 > 0     l = h Wᵀ + b
-//   LowRankRouter   l = (x Aᵀ) Bᵀ + b                                     rank columns in between
-//
+//   h = act(x W1ᵀ + b1), again with W2 if hidden2 > 0     l = h Wᵀ + b (+ overrides)
 //   u = l / temperature     S = the k largest, ties to the lower expert
 //   g = softmax(u) on S, divided by its sum with renormalise
 //
-// Shapes: x [tokens, width], W1 [hidden, width], W2 [hidden2, hidden], W [experts, last hidden];
-// A [rank, width], B [experts, rank]. The selection is a constant in backward. A low-rank head
-// costs rank · (width + experts) instead of width · experts; its parameters are named hidden (A)
-// and output (B).
+// Shapes: x [tokens, width], W1 [hidden, width], W2 [hidden2, hidden], W [experts, last hidden].
+// The selection is a constant in backward.
 //
-// DriftMoE's router (Aspis et al., "DriftMoE: A Mixture of Experts Approach to Handle Concept
-// Drifts", 2025) has two hidden maps, relu and temperature 0.8; it learns from correctness_loss
-// (losses/supervised.hpp) on the logits, not from the gates.
+// Aspis et al., "DriftMoE: A Mixture of Experts Approach to Handle Concept Drifts", 2025: two
+// hidden maps, relu and temperature 0.8; it learns from correctness_loss (losses/supervised.hpp) on
+// the logits, not from the gates.
 #pragma once
 
 #include "mole/core/config.hpp"
@@ -24,16 +20,6 @@
 #include "mole/routing/top_k_rule.hpp"
 
 namespace mole::inline MOLE_ABI {
-
-/// The rule of a plain top-k with softmax. Throws invalid_argument, naming the field.
-template <class T>
-TopKRule<T> softmax_top_k(const char* router, Index experts, Index k, bool renormalise,
-                          T temperature) {
-  require_field(k >= 1 && k <= experts, router, "k", "1 ... experts", k);
-  require_field(temperature > T(0) && std::isfinite(temperature), router, "temperature",
-                "a positive number", temperature);
-  return {k, {Score::softmax, false, renormalise, T(0), T(1)}, temperature};
-}
 
 template <class T>
 class MlpRouter : public HeadRouter<T, MlpHead<T>, TopKRule<T>> {
@@ -78,47 +64,6 @@ class MlpRouter : public HeadRouter<T, MlpHead<T>, TopKRule<T>> {
   Config config_;
 };
 
-template <class T>
-class LowRankRouter : public HeadRouter<T, MlpHead<T>, TopKRule<T>> {
- public:
-  struct Config {
-    Index width = 0, experts = 0;
-    Index rank = 8;
-    Index k = 2;  ///< 1 ... experts
-    bool renormalise = true;
-    T temperature = T(1);
-
-    static constexpr std::string_view kind() noexcept { return "low_rank"; }
-    template <class F, class... C>
-    static void visit(F&& f, C&... c) {
-      f(Field::required("width"), c.width...);
-      f(Field::required("experts"), c.experts...);
-      f(Field::required("rank"), c.rank...);
-      f(Field::required("k"), c.k...);
-      f(Field{"renormalise"}, c.renormalise...);
-      f(Field{"temperature"}, c.temperature...);
-    }
-  };
-
-  /// Throws invalid_argument, naming the field.
-  explicit LowRankRouter(const Config& config)
-      : HeadRouter<T, MlpHead<T>, TopKRule<T>>(
-            checked_head(config), softmax_top_k<T>("LowRankRouter", config.experts, config.k,
-                                                   config.renormalise, config.temperature)),
-        config_(config) {}
-
-  const Config& config() const noexcept { return config_; }
-
- private:
-  static MlpHead<T> checked_head(const Config& config) {
-    require_field(config.rank >= 1, "LowRankRouter", "rank", "at least 1", config.rank);
-    return mlp_head<T>("LowRankRouter", config.width, config.experts, config.rank, 0,
-                       HeadActivation::identity, false);
-  }
-
-  Config config_;
-};
-
 #ifndef MOLE_HEADER_ONLY
 extern template class HeadRouter<float, MlpHead<float>, TopKRule<float>>;
 extern template class HeadRouter<double, MlpHead<double>, TopKRule<double>>;
@@ -126,7 +71,5 @@ extern template class HeadRouter<double, MlpHead<double>, TopKRule<double>>;
 
 static_assert(Router<MlpRouter<float>>);
 static_assert(Router<MlpRouter<double>>);
-static_assert(Router<LowRankRouter<float>>);
-static_assert(Router<LowRankRouter<double>>);
 
 }  // namespace mole::inline MOLE_ABI

@@ -166,12 +166,10 @@ class MovaRouter : public HeadRouter<T, MovaHead<T>, TopKRule<T>> {
              config.activation},
             {config.k, {Score::softmax, false, true, T(0), T(1)}}),
         config_(config) {
-    const auto check = [](bool good, const char* field, const char* expected, auto got) {
-      require_field(good, "MovaRouter", field, expected, got);
-    };
-    check(config.width >= 1, "width", "at least 1", config.width);
-    check(config.context >= 0, "context", "0 or more", config.context);
-    check(config.k >= 1 && config.k <= config.experts, "k", "1 ... experts", config.k);
+    constexpr const char* kName = "MovaRouter";
+    require_count(kName, "width", config.width);
+    require_field(config.context >= 0, kName, "context", "0 or more", config.context);
+    require_k(kName, config.k, config.experts);
   }
 
   const Config& config() const noexcept { return config_; }

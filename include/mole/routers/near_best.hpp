@@ -14,7 +14,6 @@
 // fill_piece and `up` = C_e.
 #pragma once
 
-#include <cmath>
 #include <limits>
 
 #include "mole/core/config.hpp"
@@ -58,8 +57,7 @@ class NearBestRouter : public HeadRouter<T, LinearHead<T>, NearBestRule<T>> {
             linear_head<T>("NearBestRouter", config.width, config.experts, config.bias),
             {config.margin}),
         config_(config) {
-    require_field(config.margin > T(0) && std::isfinite(config.margin), "NearBestRouter", "margin",
-                  "a positive number", config.margin);
+    require_positive("NearBestRouter", "margin", config.margin);
   }
 
   const Config& config() const noexcept { return config_; }

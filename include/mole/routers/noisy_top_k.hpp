@@ -91,14 +91,10 @@ class NoisyTopKRouter : public HeadRouter<T, LinearPairHead<T>, NoisyTopKRule<T>
                  ? Weighting<T>{Score::softmax, true, false, T(0), T(1)}
                  : Weighting<T>{Score::softmax, false, true, config.renorm_epsilon, T(1)}}),
         config_(config) {
-    const auto check = [](bool good, const char* field, const char* expected, auto got) {
-      require_field(good, "NoisyTopKRouter", field, expected, got);
-    };
-    check(config.k >= 1 && config.k <= config.experts, "k", "1 ... experts", config.k);
-    check(config.noise_epsilon >= T(0) && std::isfinite(config.noise_epsilon), "noise_epsilon",
-          "a number from 0 up", config.noise_epsilon);
-    check(config.renorm_epsilon >= T(0) && std::isfinite(config.renorm_epsilon), "renorm_epsilon",
-          "a number from 0 up", config.renorm_epsilon);
+    constexpr const char* kName = "NoisyTopKRouter";
+    require_k(kName, config.k, config.experts);
+    require_from_zero(kName, "noise_epsilon", config.noise_epsilon);
+    require_from_zero(kName, "renorm_epsilon", config.renorm_epsilon);
   }
 
   const Config& config() const noexcept { return config_; }

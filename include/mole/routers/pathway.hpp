@@ -133,10 +133,8 @@ class PathwayRouter : public HeadRouter<T, PathwayHead<T>, PathwayRule<T>> {
              config.floor,
              {Score::softmax, false, config.renormalise, T(0), T(1)}}),
         config_(config) {
-    require_field(config.k >= 1 && config.k <= config.experts, "PathwayRouter", "k",
-                  "1 ... experts", config.k);
-    require_field(config.floor >= T(0) && std::isfinite(config.floor), "PathwayRouter", "floor",
-                  "a number from 0 up", config.floor);
+    require_k("PathwayRouter", config.k, config.experts);
+    require_from_zero("PathwayRouter", "floor", config.floor);
   }
 
   const Config& config() const noexcept { return config_; }

@@ -19,7 +19,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 
 #include "mole/core/config.hpp"
 #include "mole/core/description.hpp"
@@ -98,7 +97,7 @@ class PrototypeChoiceRouter : public HeadRouter<T, PrototypeHead<T>, PrototypeCh
              {1, config.weight, config.unconditional},
              {config.unconditional, config.unconditional_id}}),
         config_(config) {
-    require_field(config.k >= 1, "PrototypeChoiceRouter", "k", "at least 1", config.k);
+    require_count("PrototypeChoiceRouter", "k", config.k);
     require_field(config.weight <= PrototypeWeight::softmax, "PrototypeChoiceRouter", "weight",
                   "cosine, sigmoid or softmax",
                   enum_names(config.weight)[static_cast<std::size_t>(config.weight)]);

@@ -67,8 +67,7 @@ class SequenceRouter : public HeadRouter<T, SequenceHead<T>, TopKRule<T>> {
              config.pool},
             {config.k, {Score::softmax, false, true, T(0), T(1)}}),
         config_(config) {
-    require_field(config.k >= 1 && config.k <= config.experts, "SequenceRouter", "k",
-                  "1 ... experts", config.k);
+    require_k("SequenceRouter", config.k, config.experts);
   }
 
   const Config& config() const noexcept { return config_; }

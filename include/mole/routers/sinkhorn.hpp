@@ -78,15 +78,11 @@ class SinkhornRouter : public HeadRouter<T, LinearHead<T>, SinkhornRule<T>> {
             linear_head<T>("SinkhornRouter", config.width, config.experts, config.bias),
             {config.k, config.max_iterations, config.epsilon, config.tolerance}),
         config_(config) {
-    const auto check = [](bool good, const char* field, const char* expected, auto got) {
-      require_field(good, "SinkhornRouter", field, expected, got);
-    };
-    check(config.k >= 1 && config.k <= config.experts, "k", "1 ... experts", config.k);
-    check(config.epsilon >= T(0) && std::isfinite(config.epsilon), "epsilon", "a number from 0 up",
-          config.epsilon);
-    check(config.tolerance >= T(0) && std::isfinite(config.tolerance), "tolerance",
-          "a number from 0 up", config.tolerance);
-    check(config.max_iterations >= 1, "max_iterations", "at least 1", config.max_iterations);
+    constexpr const char* kName = "SinkhornRouter";
+    require_k(kName, config.k, config.experts);
+    require_from_zero(kName, "epsilon", config.epsilon);
+    require_from_zero(kName, "tolerance", config.tolerance);
+    require_count(kName, "max_iterations", config.max_iterations);
   }
 
   const Config& config() const noexcept { return config_; }
@@ -171,15 +167,8 @@ void SinkhornRule<T>::backward(const RuleBatch<T>& batch, const Buffers&, const 
     return stages::softmax_gates_backward<T>(batch.logits, batch.prob, routing, d.dgate, d.dprob,
                                              d.dlogits, context, stages::add_scores<T>);
   }
-  for (Index t = 0; t < batch.logits.rows; ++t) {
-    stages::score_backward<T>(Score::sigmoid, batch.logits.row(t), batch.prob.row(t),
-                              d.dprob.row(t), d.dlogits.row(t));
-    for (Index s = routing.token_begin[t]; s < routing.token_begin[t + 1]; ++s) {
-      const Index e = routing.expert[s];
-      const T p = batch.prob(t, e);
-      d.dlogits(t, e) = std::fma(d.dgate[s], p * (T(1) - p), d.dlogits(t, e));
-    }
-  }
+  stages::sigmoid_gates_backward<T>(batch.logits, batch.prob, routing, d.dgate, d.dprob, d.dlogits,
+                                    context);
 }
 
 #ifndef MOLE_HEADER_ONLY

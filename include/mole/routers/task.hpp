@@ -117,7 +117,7 @@ class TaskRouter : public HeadRouter<T, TaskHead<T>, TopKRule<T>> {
              {Score::softmax, false, config.renormalise, T(0), T(1)}}),
         config_(config) {
     require_field(config.width >= 0, "TaskRouter", "width", "at least 0", config.width);
-    require_field(config.tasks >= 1, "TaskRouter", "tasks", "at least 1", config.tasks);
+    require_count("TaskRouter", "tasks", config.tasks);
     require_field(config.k >= 0 && config.k <= config.experts, "TaskRouter", "k", "0 ... experts",
                   config.k);
   }

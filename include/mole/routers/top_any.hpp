@@ -130,8 +130,7 @@ class TopAnyRouter : public HeadRouter<T, TopAnyHead<T>, TopAnyRule<T>> {
               config.scale}},
             {config.average}),
         config_(config) {
-    require_field(std::isfinite(config.scale), "TopAnyRouter", "scale", "a finite number",
-                  config.scale);
+    require_finite("TopAnyRouter", "scale", config.scale);
   }
 
   const Config& config() const noexcept { return config_; }

@@ -16,7 +16,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <span>
@@ -24,6 +23,7 @@
 #include "mole/core/config.hpp"
 #include "mole/core/description.hpp"
 #include "mole/routing/call.hpp"
+#include "mole/routing/field_checks.hpp"
 #include "mole/routing/router.hpp"
 #include "mole/routing/stages.hpp"
 
@@ -162,18 +162,13 @@ TopKRouter<T>::TopKRouter(const Config& config)
       head_{config.width, config.experts, config.bias},
       weighting_{config.score, config.order == Order::topk_then_score, config.renormalise,
                  config.renorm_epsilon, config.scale} {
-  const auto check = [](bool good, const char* field, const char* expected, auto got) {
-    require(good, Errc::invalid_argument, "TopKRouter: ", field, ": expected ", expected, ", got ",
-            got);
-  };
-  check(config.width >= 1, "width", "at least 1", config.width);
-  check(config.experts >= 1, "experts", "at least 1", config.experts);
-  check(config.k >= 1 && config.k <= config.experts, "k", "1 ... experts", config.k);
-  check(config.temperature > T(0) && std::isfinite(config.temperature), "temperature",
-        "a positive number", config.temperature);
-  check(config.renorm_epsilon >= T(0) && std::isfinite(config.renorm_epsilon), "renorm_epsilon",
-        "a number that is not negative", config.renorm_epsilon);
-  check(std::isfinite(config.scale), "scale", "a finite number", config.scale);
+  constexpr const char* kName = "TopKRouter";
+  require_count(kName, "width", config.width);
+  require_count(kName, "experts", config.experts);
+  require_k(kName, config.k, config.experts);
+  require_positive(kName, "temperature", config.temperature);
+  require_from_zero(kName, "renorm_epsilon", config.renorm_epsilon);
+  require_finite(kName, "scale", config.scale);
 }
 
 template <class T>

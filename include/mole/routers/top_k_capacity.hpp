@@ -15,7 +15,6 @@
 #pragma once
 
 #include <array>
-#include <cmath>
 #include <string_view>
 
 #include "mole/core/config.hpp"
@@ -85,8 +84,7 @@ class TopKCapacityRouter : public HeadRouter<T, LinearHead<T>, TopKCapacityRule<
             linear_head<T>("TopKCapacityRouter", config.width, config.experts, config.bias),
             {config.k, config.capacity, config.over_selection, config.renormalise, config.drop}),
         config_(config) {
-    require_field(config.k >= 1 && config.k <= config.experts, "TopKCapacityRouter", "k",
-                  "1 ... experts", config.k);
+    require_k("TopKCapacityRouter", config.k, config.experts);
     require_field(config.capacity >= 0, "TopKCapacityRouter", "capacity", "at least 0",
                   config.capacity);
   }

@@ -15,8 +15,6 @@
 // renormalisation. The temperature divides the probabilities, not the logits, as in their code.
 #pragma once
 
-#include <cmath>
-
 #include "mole/core/config.hpp"
 #include "mole/core/description.hpp"
 #include "mole/routing/head_router.hpp"
@@ -77,19 +75,15 @@ class TopPRouter : public HeadRouter<T, LinearHead<T>, TopPRule<T>> {
              config.temperature,
              config.renormalise}),
         config_(config) {
-    const auto check = [](bool good, const char* field, const char* expected, auto got) {
-      require_field(good, "TopPRouter", field, expected, got);
-    };
-    check(config.top_p >= T(0) && std::isfinite(config.top_p), "top_p", "a number from 0 up",
-          config.top_p);
-    check(config.min_experts >= 0 && config.min_experts <= config.experts, "min_experts",
-          "0 ... experts", config.min_experts);
-    check(
+    constexpr const char* kName = "TopPRouter";
+    require_from_zero(kName, "top_p", config.top_p);
+    require_field(config.min_experts >= 0 && config.min_experts <= config.experts, kName,
+                  "min_experts", "0 ... experts", config.min_experts);
+    require_field(
         config.max_experts == 0 || (config.max_experts >= std::max<Index>(config.min_experts, 1) &&
                                     config.max_experts <= config.experts),
-        "max_experts", "min_experts ... experts, or 0", config.max_experts);
-    check(config.temperature > T(0) && std::isfinite(config.temperature), "temperature",
-          "a positive number", config.temperature);
+        kName, "max_experts", "min_experts ... experts, or 0", config.max_experts);
+    require_positive(kName, "temperature", config.temperature);
   }
 
   const Config& config() const noexcept { return config_; }

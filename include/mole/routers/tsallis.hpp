@@ -71,19 +71,14 @@ class TsallisRouter : public HeadRouter<T, LinearHead<T>, TsallisRule<T>> {
              {config.entropy, config.entropy_index, config.entropy_epsilon, true},
              config.entropy_threshold}),
         config_(config) {
-    const auto check = [](bool good, const char* field, const char* expected, auto got) {
-      require_field(good, "TsallisRouter", field, expected, got);
-    };
-    check(config.top_p >= T(0) && std::isfinite(config.top_p), "top_p", "a number from 0 up",
-          config.top_p);
-    check(config.keep_top_k >= 0 && config.keep_top_k <= config.experts, "keep_top_k",
-          "0 ... experts", config.keep_top_k);
-    check(config.entropy_index >= T(0) && std::isfinite(config.entropy_index), "entropy_index",
-          "a number from 0 up", config.entropy_index);
-    check(config.entropy_epsilon >= T(0) && std::isfinite(config.entropy_epsilon),
-          "entropy_epsilon", "a number from 0 up", config.entropy_epsilon);
-    check(!std::isnan(config.entropy_threshold), "entropy_threshold", "a number",
-          config.entropy_threshold);
+    constexpr const char* kName = "TsallisRouter";
+    require_from_zero(kName, "top_p", config.top_p);
+    require_field(config.keep_top_k >= 0 && config.keep_top_k <= config.experts, kName,
+                  "keep_top_k", "0 ... experts", config.keep_top_k);
+    require_from_zero(kName, "entropy_index", config.entropy_index);
+    require_from_zero(kName, "entropy_epsilon", config.entropy_epsilon);
+    require_field(!std::isnan(config.entropy_threshold), kName, "entropy_threshold", "a number",
+                  config.entropy_threshold);
   }
 
   const Config& config() const noexcept { return config_; }

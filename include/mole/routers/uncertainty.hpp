@@ -166,17 +166,13 @@ UncertaintyRouter<T>::UncertaintyRouter(const Config& config)
     : config_(config),
       linear_(
           linear_head<T>("UncertaintyRouter", config.width, config.experts, config.bias).linear) {
-  const auto check = [](bool good, const char* field, const char* expected, auto got) {
-    require_field(good, "UncertaintyRouter", field, expected, got);
-  };
+  constexpr const char* kName = "UncertaintyRouter";
   const bool mean = config.gates == UncertaintyGates::mean;
-  check(config.samples >= (mean ? 1 : 2), "samples", mean ? "at least 1" : "at least 2",
-        config.samples);
-  check(config.k >= 0 && config.k <= config.experts, "k", "0 ... experts", config.k);
-  check(config.epsilon > T(0) && std::isfinite(config.epsilon), "epsilon", "a number above 0",
-        config.epsilon);
-  check(config.ridge > T(0) && std::isfinite(config.ridge), "ridge", "a number above 0",
-        config.ridge);
+  require_field(config.samples >= (mean ? 1 : 2), kName, "samples",
+                mean ? "at least 1" : "at least 2", config.samples);
+  require_field(config.k >= 0 && config.k <= config.experts, kName, "k", "0 ... experts", config.k);
+  require_positive(kName, "epsilon", config.epsilon);
+  require_positive(kName, "ridge", config.ridge);
 }
 
 template <class T>

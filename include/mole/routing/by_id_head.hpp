@@ -52,7 +52,7 @@ struct ByIdHead : LinearHead<T> {
 template <class T>
 ByIdHead<T> by_id_head(const char* router, Index width, Index experts, Index heads, bool bias) {
   linear_head<T>(router, width, experts, bias);
-  require_field(heads >= 1, router, "heads", "at least 1", heads);
+  require_count(router, "heads", heads);
   return {{{width, saturating_product(heads, experts), bias}}, experts, heads};
 }
 

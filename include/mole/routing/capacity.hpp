@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the routers with a capacity share: scores of all tokens, and gates that are scores of the
-// slots that were kept.
+// What the routers share that decide for all tokens at once: scores of all tokens, and gates that
+// are scores of the slots that were kept.
 #pragma once
 
 #include <algorithm>
@@ -69,6 +69,23 @@ void softmax_gates_backward(MatView<const T> logits, MatView<const T> prob,
       std::copy_n(dprob.row(t).begin(), logits.cols, row.dprob.begin());
       body(row);
       softmax_backward<T>(row.prob, row.dprob, dlogits.row(t));
+    }
+  });
+}
+
+/// dlogits += the backward of scores prob = sigmoid(logits) and of gates that are those scores.
+template <class T>
+void sigmoid_gates_backward(MatView<const T> logits, MatView<const T> prob,
+                            const Routing<T>& routing, std::span<const T> dgate,
+                            MatView<const T> dprob, MatView<T> dlogits, const Context& context) {
+  parallel_for(context, logits.rows, kTokensPerTask, [&](Index begin, Index end, int) {
+    for (Index t = begin; t < end; ++t) {
+      score_backward<T>(Score::sigmoid, logits.row(t), prob.row(t), dprob.row(t), dlogits.row(t));
+      for (Index s = routing.token_begin[t]; s < routing.token_begin[t + 1]; ++s) {
+        const Index e = routing.expert[s];
+        const T p = prob(t, e);
+        dlogits(t, e) = std::fma(dgate[s], p * (T(1) - p), dlogits(t, e));
+      }
     }
   });
 }

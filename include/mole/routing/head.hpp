@@ -17,6 +17,7 @@
 #include "mole/core/config.hpp"
 #include "mole/core/error.hpp"
 #include "mole/core/params.hpp"
+#include "mole/routing/field_checks.hpp"
 #include "mole/routing/router.hpp"
 #include "mole/routing/stages.hpp"
 
@@ -68,18 +69,11 @@ struct LinearHead {
   }
 };
 
-/// Throws invalid_argument, naming the router and the field.
-inline void require_field(bool good, const char* router, const char* field, const char* expected,
-                          auto got) {
-  require(good, Errc::invalid_argument, router, ": ", field, ": expected ", expected, ", got ",
-          got);
-}
-
 /// The head of a router with linear logits. Throws invalid_argument, naming the field.
 template <class T>
 LinearHead<T> linear_head(const char* router, Index width, Index experts, bool bias) {
-  require_field(width >= 1, router, "width", "at least 1", width);
-  require_field(experts >= 1, router, "experts", "at least 1", experts);
+  require_count(router, "width", width);
+  require_count(router, "experts", experts);
   return {{width, experts, bias}};
 }
 
@@ -204,5 +198,12 @@ struct NoHead {
                 MatView<const T>, None, MatView<T>, const Params<T>&, None,
                 const Context&) const noexcept {}
 };
+
+/// The head of a router without logits. Throws invalid_argument, naming the field.
+template <class T>
+NoHead<T> no_head(const char* router, Index width, Index experts) {
+  linear_head<T>(router, width, experts, false);  // which asks for the same sizes
+  return {width, experts};
+}
 
 }  // namespace mole::inline MOLE_ABI

@@ -97,7 +97,7 @@ struct MlpHead {
 template <class T>
 MlpHead<T> mlp_head(const char* router, Index width, Index experts, Index hidden, Index hidden2,
                     HeadActivation activation, bool bias) {
-  require_field(hidden >= 1, router, "hidden", "at least 1", hidden);
+  require_count(router, "hidden", hidden);
   require_field(hidden2 >= 0, router, "hidden2", "at least 0", hidden2);
   MlpHead<T> head;
   head.hidden = linear_head<T>(router, width, hidden, bias).linear;

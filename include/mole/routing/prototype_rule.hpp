@@ -59,11 +59,11 @@ struct PrototypeRule {
 template <class T, class Config>
 PrototypeHead<T> prototype_head(const char* router, const Config& config) {
   const Index routed = config.experts - (config.unconditional ? 1 : 0);
-  require_field(config.width >= 1, router, "width", "at least 1", config.width);
+  require_count(router, "width", config.width);
   require_field(routed >= 1, router, "experts",
                 config.unconditional ? "at least 2, one of them unconditional" : "at least 1",
                 config.experts);
-  require_field(std::isfinite(config.scale), router, "scale", "a finite number", config.scale);
+  require_finite(router, "scale", config.scale);
   require_field(config.projection >= 0, router, "projection", "at least 0", config.projection);
   PrototypeHead<T> head;
   head.prototypes = {config.projection > 0 ? config.projection : config.width, routed, false};

@@ -24,6 +24,15 @@ struct TopKRule {
   std::span<const T> scaled(const RuleRow<T>& row) const noexcept;
 };
 
+/// The rule of a plain top-k with softmax. Throws invalid_argument, naming the field.
+template <class T>
+TopKRule<T> softmax_top_k(const char* router, Index experts, Index k, bool renormalise,
+                          T temperature) {
+  require_k(router, k, experts);
+  require_positive(router, "temperature", temperature);
+  return {k, {Score::softmax, false, renormalise, T(0), T(1)}, temperature};
+}
+
 template <class T>
 std::span<const T> TopKRule<T>::scaled(const RuleRow<T>& row) const noexcept {
   if (temperature == T(1)) return row.logits;

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "golden/golden.hpp"
+#include "golden/kinds/dynmole.hpp"
 #include "golden/kinds/router_run.hpp"
 #include "mole/losses/balance.hpp"
 #include "mole/losses/choice_balance.hpp"
@@ -19,8 +20,8 @@
 #include "mole/losses/z_loss.hpp"
 #include "mole/routers/deepseek.hpp"
 #include "mole/routers/dense.hpp"
-#include "mole/routers/hard_top_k.hpp"
-#include "mole/routers/sigmoid.hpp"
+#include "mole/routers/learned_threshold.hpp"
+#include "mole/routers/relu.hpp"
 #include "mole/routers/threshold.hpp"
 #include "mole/routers/top_k.hpp"
 #include "mole/routers/top_p.hpp"
@@ -447,18 +448,8 @@ GOLDEN_KIND("loss.lora_mixer_specialization", lora_mixer_specialization);
 
 template <class T>
 void dynmole(Case<T>& c) {
-  const bool tsallis = c.template config<std::string>("entropy_type") == "tsallis";
-  const mole::Entropy<T> how{tsallis ? mole::EntropyKind::tsallis : mole::EntropyKind::renyi,
-                             number(c, "entropy_index"), number(c, "entropy_eps"), true};
-  const mole::TsallisRouter<T> router(
-      {.width = experts(c),
-       .experts = experts(c),
-       .top_p = number(c, "top_p"),
-       .keep_top_k = std::min(c.template config<Index>("keep_top_k"), experts(c)),
-       .entropy = how.kind,
-       .entropy_index = how.index,
-       .entropy_threshold = number(c, "entropy_threshold"),
-       .entropy_epsilon = how.epsilon});
+  const mole::TsallisRouter<T> router(golden::dynmole_config(c, experts(c), experts(c), false));
+  const mole::Entropy<T> how = golden::dynmole_entropy(router);
   Layers<T, mole::TsallisRouter<T>> all(c, router, c.extent("in.logits", 0));
   const std::vector<std::uint8_t> mask = mask_of(c);
   std::vector<mole::SoftBalancedLayer<T>> values, layers;

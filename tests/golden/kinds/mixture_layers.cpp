@@ -6,6 +6,7 @@
 
 #include "golden/golden.hpp"
 #include "golden/kinds/capacity.hpp"
+#include "golden/kinds/dynmole.hpp"
 #include "golden/kinds/layer_run.hpp"
 #include "golden/kinds/router_run.hpp"
 #include "mole/losses/balance.hpp"
@@ -17,7 +18,9 @@
 #include "mole/routers/deepseek.hpp"
 #include "mole/routers/dense.hpp"
 #include "mole/routers/hash.hpp"
-#include "mole/routers/sigmoid.hpp"
+#include "mole/routers/learned_threshold.hpp"
+#include "mole/routers/relu.hpp"
+#include "mole/routers/scored_hash.hpp"
 #include "mole/routers/switch.hpp"
 #include "mole/routers/threshold.hpp"
 #include "mole/routers/top_p.hpp"
@@ -53,22 +56,10 @@ GOLDEN_KIND("layer.dynamic_moe", dynamic_moe);
 
 template <class T>
 void dynmole(Case<T>& c) {
-  const bool tsallis = c.template config<std::string>("entropy_type") == "tsallis";
-  const mole::Entropy<T> how{tsallis ? mole::EntropyKind::tsallis : mole::EntropyKind::renyi,
-                             number(c, "entropy_index"), number(c, "entropy_eps"), true};
-  LayerRun<mole::TsallisRouter<T>> run(
-      c,
-      mole::TsallisRouter<T>(
-          {.width = width(c),
-           .experts = experts(c),
-           .top_p = number(c, "top_p"),
-           .keep_top_k = std::min(c.template config<Index>("keep_top_k"), experts(c)),
-           .entropy = how.kind,
-           .entropy_index = how.index,
-           .entropy_threshold = number(c, "entropy_threshold"),
-           .entropy_epsilon = how.epsilon,
-           .bias = has_router_bias(c)}),
-      head(c));
+  const mole::TsallisRouter<T> router(
+      golden::dynmole_config(c, width(c), experts(c), has_router_bias(c)));
+  const mole::Entropy<T> how = golden::dynmole_entropy(router);
+  LayerRun<mole::TsallisRouter<T>> run(c, router, head(c));
   const std::vector<std::uint8_t> mask = golden::token_mask(c);
   const MatView<const T> prob = run.tape.router.prob;
   const T weight = golden::loss_weight(c);

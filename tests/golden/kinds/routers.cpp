@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "golden/golden.hpp"
+#include "golden/kinds/dynmole.hpp"
 #include "golden/kinds/noisy.hpp"
 #include "golden/kinds/router_run.hpp"
 #include "mole/losses/balance.hpp"
@@ -13,7 +14,11 @@
 #include "mole/routers/dense.hpp"
 #include "mole/routers/hard_top_k.hpp"
 #include "mole/routers/hash.hpp"
+#include "mole/routers/learned_threshold.hpp"
+#include "mole/routers/relu.hpp"
+#include "mole/routers/scored_hash.hpp"
 #include "mole/routers/sigmoid.hpp"
+#include "mole/routers/straight_through.hpp"
 #include "mole/routers/threshold.hpp"
 #include "mole/routers/top_k.hpp"
 #include "mole/routers/top_p.hpp"
@@ -76,24 +81,14 @@ GOLDEN_KIND("router.mixlora_dynamic", top_p);
 
 template <class T>
 void dynmole(Case<T>& c) {
-  const bool tsallis = c.template config<std::string>("entropy_type") == "tsallis";
-  const typename mole::TsallisRouter<T>::Config config{
-      .width = golden::router_width(c),
-      .experts = golden::router_experts(c),
-      .top_p = c.template config<T>("top_p"),
-      .keep_top_k = std::min(c.template config<Index>("keep_top_k"), golden::router_experts(c)),
-      .entropy = tsallis ? mole::EntropyKind::tsallis : mole::EntropyKind::renyi,
-      .entropy_index = c.template config<T>("entropy_index"),
-      .entropy_threshold = c.template config<T>("entropy_threshold"),
-      .entropy_epsilon = c.template config<T>("entropy_eps"),
-      .bias = golden::has_router_bias(c)};
-  RouterRun<mole::TsallisRouter<T>> run(c, mole::TsallisRouter<T>(config),
-                                        golden::router_weights(c, config.experts), {},
+  const Index experts = golden::router_experts(c);
+  const mole::TsallisRouter<T> router(
+      golden::dynmole_config(c, golden::router_width(c), experts, golden::has_router_bias(c)));
+  RouterRun<mole::TsallisRouter<T>> run(c, router, golden::router_weights(c, experts), {},
                                         {.x = golden::router_input(c)});
   run.expect_decision();
   run.add_gate_gradient();
-  const mole::Entropy<T> entropy{config.entropy, config.entropy_index, config.entropy_epsilon,
-                                 true};
+  const mole::Entropy<T> entropy = golden::dynmole_entropy(router);
   std::vector<T> values;
   for (Index t = 0; t < run.routing.tokens; ++t) {
     values.push_back(mole::stages::entropy<T>(entropy, run.tape.prob.row(t)));

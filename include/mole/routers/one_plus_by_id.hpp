@@ -13,7 +13,7 @@
 
 #include "mole/core/config.hpp"
 #include "mole/core/description.hpp"
-#include "mole/routers/hard_top_k.hpp"
+#include "mole/routers/one_plus.hpp"
 #include "mole/routing/by_id_head.hpp"
 
 namespace mole::inline MOLE_ABI {
@@ -45,8 +45,7 @@ class OnePlusByIdRouter : public HeadRouter<T, ByIdHead<T>, OnePlusRule<T>> {
                           config.bias),
             {config.k}),
         config_(config) {
-    require_field(config.k >= 1 && config.k <= config.experts, "OnePlusByIdRouter", "k",
-                  "1 ... experts", config.k);
+    require_k("OnePlusByIdRouter", config.k, config.experts);
   }
 
   const Config& config() const noexcept { return config_; }

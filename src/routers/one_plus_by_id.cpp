@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "mole/routers/hard_top_k_by_id.hpp"
+#include "mole/routers/one_plus_by_id.hpp"
 
 namespace mole::inline MOLE_ABI {
 template class HeadRouter<float, ByIdHead<float>, OnePlusRule<float>>;
