@@ -4,7 +4,6 @@
 
 #include <Eigen/Core>
 #include <type_traits>
-#include <utility>
 
 #include "mole/core/half.hpp"
 #include "mole/core/view.hpp"

@@ -2,7 +2,6 @@
 // A bank under test with random weights, and calls of it with exactly the memory it asks for.
 #pragma once
 
-#include <algorithm>
 #include <limits>
 #include <type_traits>
 #include <vector>

@@ -11,7 +11,6 @@
 // members of RouterTape. Routers with a carry are not covered.
 #pragma once
 
-#include <array>
 #include <cmath>
 #include <limits>
 #include <string>

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "mole/core/description.hpp"
 
-#include <array>
 #include <cstdint>
 #include <cstring>
 #include <limits>

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // Parameter structs of LoraBank with absent tensors: what is absent is frozen, never looked at.
-#include <vector>
 
 #include "mole/experts/lora_bank.hpp"
 #include "mole/optim/adamw.hpp"

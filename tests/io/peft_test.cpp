@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "mole/io/peft.hpp"
 
-#include <algorithm>
 #include <cmath>
 #include <filesystem>
 #include <limits>

@@ -7,7 +7,6 @@
 #include <functional>
 #include <limits>
 #include <utility>
-#include <vector>
 
 #include "mole/core/random.hpp"
 #include "mole/experts/lora_bank.hpp"

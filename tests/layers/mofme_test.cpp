@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "mole/layers/mofme.hpp"
 
-#include <vector>
-
 #include "layers/layer_trial.hpp"
 #include "mole/routers/tie_top_k.hpp"
 

@@ -3,7 +3,6 @@
 
 #include <cmath>
 #include <limits>
-#include <vector>
 
 #include "support/catch.hpp"
 #include "support/compare.hpp"

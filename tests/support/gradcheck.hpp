@@ -2,7 +2,6 @@
 // Gradients against central differences, in double.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <string>
 

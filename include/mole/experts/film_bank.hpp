@@ -19,7 +19,6 @@
 #include <cmath>
 #include <numeric>
 #include <span>
-#include <utility>
 
 #include "mole/core/config.hpp"
 #include "mole/core/description.hpp"

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 
 #include "mole/kernels/gated_low_rank.hpp"
 #include "mole/kernels/shared_low_rank.hpp"

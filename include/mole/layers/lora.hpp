@@ -8,7 +8,6 @@
 #pragma once
 
 #include <cmath>
-#include <utility>
 
 #include "mole/core/config.hpp"
 #include "mole/experts/lora_bank.hpp"

@@ -15,7 +15,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <utility>
 
 #include "mole/core/config.hpp"
 #include "mole/core/params.hpp"

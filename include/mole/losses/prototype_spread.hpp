@@ -17,7 +17,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <span>
 #include <type_traits>
 
 #include "mole/core/config.hpp"

@@ -17,7 +17,6 @@
 #pragma once
 
 #include <array>
-#include <cmath>
 #include <string_view>
 
 #include "mole/core/config.hpp"

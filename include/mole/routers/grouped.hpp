@@ -14,8 +14,6 @@
 // prototyping).
 #pragma once
 
-#include <algorithm>
-
 #include "mole/core/config.hpp"
 #include "mole/core/description.hpp"
 #include "mole/routing/head_router.hpp"

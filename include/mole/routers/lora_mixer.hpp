@@ -14,7 +14,6 @@
 // trained on their domains (hard), the router on mixed data (soft), and used sparsely (top_k).
 #pragma once
 
-#include <algorithm>
 #include <array>
 #include <limits>
 #include <string_view>

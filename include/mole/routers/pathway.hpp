@@ -18,7 +18,6 @@
 // sequence. core: the paper's method.
 #pragma once
 
-#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>

@@ -11,8 +11,6 @@
 // Fedus et al., "Switch Transformers", 2022; capacity by sequence as in the transformers library.
 #pragma once
 
-#include <cmath>
-
 #include "mole/core/config.hpp"
 #include "mole/core/description.hpp"
 #include "mole/routing/capacity.hpp"

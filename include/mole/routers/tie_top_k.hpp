@@ -11,7 +11,6 @@
 // The gate of MoFME's released code (Zhang et al., AAAI 2024).
 #pragma once
 
-#include <algorithm>
 #include <limits>
 
 #include "mole/core/config.hpp"

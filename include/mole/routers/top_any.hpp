@@ -14,7 +14,6 @@
 #pragma once
 
 #include <cmath>
-#include <limits>
 
 #include "mole/core/config.hpp"
 #include "mole/core/description.hpp"

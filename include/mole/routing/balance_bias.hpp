@@ -9,7 +9,6 @@
 //            w / multiplier [ReMoE: weight of the sparsity loss]
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <span>

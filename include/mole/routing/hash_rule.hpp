@@ -3,7 +3,6 @@
 // its content.
 //
 //   S = row `id` of a table [ids, k], or, without a table, the one expert id mod experts
-//
 //   g = 1 / k on S, or, scored, the weights of their scores (weight.hpp)
 //
 // A token whose id is negative or beyond the table, an expert that is not available and an entry

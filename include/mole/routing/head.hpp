@@ -11,8 +11,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdint>
-#include <span>
 
 #include "mole/core/config.hpp"
 #include "mole/core/error.hpp"

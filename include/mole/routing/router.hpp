@@ -11,7 +11,6 @@
 #pragma once
 
 #include <concepts>
-#include <cstdint>
 #include <type_traits>
 
 #include "mole/core/config.hpp"

@@ -2,7 +2,6 @@
 // The inner mixtures of DMoERM.
 #include "mole/layers/dmoerm.hpp"
 
-#include <algorithm>
 #include <string>
 #include <vector>
 

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // layer.*: every router with LoRA experts on a linear map with a frozen weight.
-#include <algorithm>
 #include <string>
 #include <vector>
 
