@@ -252,3 +252,66 @@ TEST_CASE("FfnBank refuses weights and gradients of another shape", "[bank]") {
   CHECK_THAT(refused([](auto& w) { w.down.bias = {}; }), ContainsSubstring("got 3 and 0"));
   CHECK_THAT(refused([](auto& w) { w.down.adapter = {}; }), ContainsSubstring("LoraBank weights"));
 }
+
+TEST_CASE("LinearBank refuses what does not fit, by its own name", "[bank]") {
+  using Config = LinearBank<double>::Config;
+  const auto refused = [](auto change) -> std::string {
+    Config config{.in = 3, .out = 5, .experts = 2, .rank = {1, 2}, .scale = {1, 1}};
+    change(config);
+    try {
+      LinearBank<double> bank(config);
+    } catch (const mole::Error& error) {
+      CHECK(error.code() == mole::Errc::invalid_argument);
+      return error.what();
+    }
+    return "accepted";
+  };
+  CHECK(refused([](Config&) {}) == "accepted");
+  CHECK(refused([](Config& c) { c.in = 0; }) == "LinearBank: in must be positive, got 0");
+  CHECK(refused([](Config& c) { c.out = -1; }) == "LinearBank: out must be positive, got -1");
+  CHECK(refused([](Config& c) { c.experts = 0; }) ==
+        "LinearBank: experts: expected 1 ... 65536, got 0");
+  CHECK(refused([](Config& c) { c.experts = 65537; }) ==
+        "LinearBank: experts: expected 1 ... 65536, got 65537");
+  CHECK(refused([](Config& c) { c.rank.pop_back(); }) ==
+        "LinearBank: rank: expected 2 values or none, got 1");
+  CHECK(refused([](Config& c) { c.scale.pop_back(); }) ==
+        "LinearBank: scale: expected 2 values, one for every rank, got 1");
+  CHECK(refused([](Config& c) { c.rank = {}; }) ==
+        "LinearBank: scale: expected 0 values, one for every rank, got 2");
+}
+
+TEST_CASE("LinearBank refuses gradients of biases that no adapter of it has", "[bank]") {
+  using Trial = test::BankTrial<LinearBank<double>>;
+  for (const bool adapted : {false, true}) {
+    LinearBank<double>::Config config;
+    config.in = 13;
+    config.out = 17;
+    config.experts = 3;
+    config.bias = true;
+    if (adapted) config.rank = {1, 0, 2}, config.scale = {1, 1, 0.5};
+    const LinearBank<double> bank(config);
+    const Trial trial(bank);
+    const auto c = trial.call(test::random_slots(9, 3, 0.8, 3));
+    const test::OwnedRouting<double> routing(c.slots, 3);
+    Trial::Memory memory(trial, *routing, {});
+    auto tape = memory.make_tape(trial, *routing);
+    test::Matrix<double> y = c.y;
+    bank.forward(trial.prepared(), trial.input(c), *routing, y, &tape, memory.context);
+    Trial::Gradients g(trial, c, *routing, 1);
+    std::vector<double> bias(17, 1);
+    const std::vector<double*> biases(3, bias.data());
+    mole::LinearBankParams<double> with_others = g.params, alone = g.params;
+    with_others.adapter.bias = alone.adapter.bias = biases;
+    alone.weight = alone.bias = alone.adapter.down = alone.adapter.up = {};
+    for (const auto& grad : {alone, with_others}) {
+      CHECK_THROWS_WITH(
+          bank.backward(trial.params(), tape, trial.input(c), *routing, c.dy.view(), g.value.dgate,
+                        g.input(), grad, memory.context),
+          ContainsSubstring(adapted ? "LoraBank gradient: expected down, up of 3 experts, got"
+                                    : "LinearBank gradient: expected no adapters, got"));
+    }
+    test::check_same_bits(g.finish(), Trial::Gradients(trial, c, *routing, 1).finish());
+    CHECK(bias == std::vector<double>(17, 1));
+  }
+}

@@ -124,6 +124,49 @@ TEST_CASE("DMoERM refuses to go back through other sequences", "[layers]") {
   CHECK(test::bit_difference(trial.results(), before) != "");
 }
 
+TEMPLATE_TEST_CASE("DMoERM refuses to go back before it has added anything", "[layers]",
+                   AdapterTrial<double>, MixtureTrial<double>) {
+  TestType trial;
+  test::run(trial, true);
+  const auto before = trial.results();
+  mole::Buffer block(trial.scratch_bytes(1));
+  mole::Workspace scratch(block.span());
+  const auto refused = [&] {
+    mole::Errc code{};
+    try {
+      trial.backward(mole::Context{.scratch = scratch});
+    } catch (const mole::Error& error) {
+      code = error.code();
+    }
+    CHECK(code == mole::Errc::shape_mismatch);
+    CHECK(test::bit_difference(trial.results(), before) == "");
+  };
+  const auto check = [&](auto&& spoil) {
+    for (auto* params : {&trial.params, &trial.grad}) {
+      const auto good = *params;
+      spoil(*params);
+      refused();
+      *params = good;
+    }
+  };
+  check([](auto& params) { params.weight.rows -= 1; });
+  check([](auto& params) { params.down.rows -= 2; });
+  check([](auto& params) { params.up.cols -= 1; });
+  check([](auto& params) { params.head.weight.rows -= 1; });
+  check([](auto& params) { params.head.bias.cols -= 1; });
+  check([](auto& params) { params.inner.cols -= kWidth; });
+  check([](auto& params) { params.inner_bias.rows -= 1; });
+  check([](auto& params) { params.slope.cols -= 1; });
+  check([](auto& params) { params.outer.weight.cols -= 1; });
+  check([](auto& params) { params.outer.bias.cols -= 1; });
+  const auto dx = trial.x.gradient, dy = trial.dy;
+  trial.x.gradient = dx.row_block(0, kTokens - 1);
+  refused();
+  trial.x.gradient = dx;
+  trial.dy = dy.row_block(0, kSequences - 1);
+  refused();
+}
+
 TEST_CASE("DMoERM reads the last real token of a sequence", "[layers]") {
   AdapterTrial<double> trial;
   test::run(trial, false);

@@ -69,6 +69,7 @@ struct Trial : test::LayerTrial<T> {
   mole::LayerInput<T> layer_input() const {
     mole::LayerInput<T> made(x.value);
     made.sequence_begin = sequences;
+    made.router_x = router_x;
     return made;
   }
   std::size_t scratch_bytes(int workers) const { return layer.scratch_bytes(kTokens, workers); }
@@ -99,6 +100,7 @@ struct Trial : test::LayerTrial<T> {
   typename Layer::Tape tape;
   typename Layer::RouterTape d_tape;
   std::vector<std::int32_t> sequences = {};
+  MatView<const T> router_x = {};
 };
 
 /// Every projection adapted, with biases.
@@ -141,6 +143,17 @@ struct AdaptedTrial : Trial<T, mole::AdaptedFfn<mole::DenseRouter<T>, mole::Lora
 template <class T>
 struct PlainTrial : AdaptedTrial<T> {
   PlainTrial() : AdaptedTrial<T>({lora<T>(kIn, kInner), lora<T>(kInner, kOut)}) {}
+};
+
+/// Experts of rank 1 in `down`: the first bank on the way back needs the least scratch.
+template <class T>
+struct ThinDownTrial : AdaptedTrial<T> {
+  ThinDownTrial()
+      : AdaptedTrial<T>({lora<T>(kIn, kInner), lora<T>(kIn, kInner),
+                         mole::LoraBank<T>({.in = kInner,
+                                            .out = kOut,
+                                            .rank = {1, 0, 1, 1},
+                                            .scale = {T(1), T(1), T(1), T(1)}})}) {}
 };
 
 template <class T, class L>
@@ -337,7 +350,13 @@ TEST_CASE("feed-forward layers refuse what does not fit", "[layers]") {
   weights.matrix[Layer::kDown].weight.rows -= 1;
   CHECK_THAT(refusal([&] { trial.layer.prepare(weights, packing); }),
              ContainsSubstring("down: expected [5, 11], got [4, 11]"));
-  mole::LayerInput<T> dropped(x);
+  mole::LayerInput<T> narrow(x.col_block(0, kIn - 1)), dropped(x);
+  narrow.router_x = x;
+  CHECK_THAT(refusal([&] {
+               trial.layer.forward(prepared, {}, narrow, {}, y, {}, nullptr,
+                                   mole::Context{scratch});
+             }),
+             ContainsSubstring("x: expected [19, 7], got [19, 6]"));
   dropped.dropout = x;
   CHECK_THAT(refusal([&] {
                trial.layer.forward(prepared, {}, dropped, {}, y, {}, nullptr,
@@ -356,6 +375,7 @@ TEST_CASE("PassThrough refuses a router without scores", "[layers]") {
 
 TEST_CASE("AdaptedFfn with too little scratch has not begun to write", "[layers]") {
   test::check_scratch<AdaptedTrial<double>>(true);
+  test::check_scratch<ThinDownTrial<double>>(true);
   AdaptedTrial<double> trial;
   mole::Workspace packing = trial.packing(trial.layer.prepared_bytes());
   const auto prepared = trial.layer.prepare(trial.weights(), packing);
@@ -387,19 +407,48 @@ TEST_CASE("AdaptedFfn refuses to go back before it has added anything", "[layers
   const auto refused = [&] {
     const std::string text = refusal([&] { trial.backward(mole::Context{scratch}); });
     CHECK(test::bit_difference(trial.results(), before) == "");
+    const MatView<double> gate = trial.d_tape.gate, logits = trial.d_tape.logits;
+    CHECK(test::weighted_sum(gate, gate) == 0);
+    CHECK(test::weighted_sum(logits, logits) == 0);
     return text;
   };
   for (const auto matrix : {Layer::kGate, Layer::kUp, Layer::kDown}) {
     trial.grad.matrix[matrix].experts.out += 1;
     CHECK_THAT(refused(), ContainsSubstring("LoraBank gradient: expected"));
     trial.grad.matrix[matrix].experts.out -= 1;
+    for (auto* params : {&trial.params, &trial.grad}) {
+      const auto good = params->matrix[matrix];
+      params->matrix[matrix].weight.rows -= 1;
+      CHECK_THAT(refused(), ContainsSubstring(std::string(Layer::kNames[matrix]) + ": expected ["));
+      params->matrix[matrix] = good;
+      params->matrix[matrix].bias.cols -= 1;
+      CHECK_THAT(refused(), ContainsSubstring(std::string(Layer::kNames[matrix]) + ": expected ["));
+      params->matrix[matrix] = good;
+    }
   }
+  trial.grad.router.weight.rows -= 1;
+  CHECK_THAT(refused(), ContainsSubstring("grad.weight: expected [4, 7], got [3, 7]"));
+  trial.grad.router.weight.rows += 1;
   const MatView<double> dx = trial.x.gradient, dy = trial.dy;
   trial.x.gradient = trial.x.value;
   CHECK_THAT(refused(), ContainsSubstring("dx: overlaps x"));
   trial.x.gradient = dx;
   trial.dy = dy.col_block(0, kOut - 1);
   CHECK_THAT(refused(), ContainsSubstring("dy: expected [19, 5], got [19, 4]"));
+  trial.dy = dx.col_block(0, kOut);
+  CHECK_THAT(refused(), ContainsSubstring("dx: overlaps dy"));
+  trial.dy = dy;
+  trial.x.gradient = dx.row_block(0, kTokens - 1);
+  CHECK_THAT(refused(), ContainsSubstring("dx: expected [19, 7], got [18, 7]"));
+  const MatView<double> x = trial.x.value;
+  trial.router_x = x;
+  CHECK_THAT(refused(), ContainsSubstring("dx: expected [19, 7], got [18, 7]"));
+  trial.router_x = {};
+  trial.x.gradient = dx;
+  trial.x.value = x.row_block(0, kTokens - 1);
+  trial.dy = dy.row_block(0, kTokens - 1);
+  CHECK_THAT(refused(), ContainsSubstring("x: expected [19, 7], got [18, 7]"));
+  trial.x.value = x;
   trial.dy = dy;
   CHECK(refusal([&] { trial.backward(mole::Context{scratch}); }) == "accepted");
 }
@@ -422,5 +471,9 @@ TEST_CASE("PassThrough that refuses to go back leaves the gradient of the scores
   trial.grad.experts.up.in += 1;
   check(scratch, false);
   trial.grad.experts.up.in -= 1;
+  trial.d_tape.prob.rows = kTokens - 1;
+  CHECK_THAT(refusal([&] { trial.backward(mole::Context{scratch}); }),
+             ContainsSubstring("d_tape.prob: expected [19, 4], got [18, 4]"));
+  trial.d_tape.prob.rows = kTokens + 2;
   check(scratch, true);
 }

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "mole/layers/mofme.hpp"
 
+#include <limits>
+#include <string>
+
 #include "layers/layer_trial.hpp"
 #include "mole/routers/tie_top_k.hpp"
 
@@ -79,6 +82,30 @@ TEST_CASE("in MoFME's released list the last modulation is never used", "[layers
   const auto last = gamma.row_block((kExperts - 1) * kWidth, kWidth);
   CHECK(test::weighted_sum(last, last) == 0);
   CHECK(test::weighted_sum(gamma, gamma) > 0);
+}
+
+TEST_CASE("the bank of MoFME's modulations names the field of a bad config", "[layers]") {
+  const auto message = [](const mole::FilmBank<float>::Config& config) -> std::string {
+    try {
+      mole::FilmBank<float> bank(config);
+    } catch (const mole::Error& error) {
+      CHECK(error.code() == mole::Errc::invalid_argument);
+      return error.what();
+    }
+    return "accepted";
+  };
+  for (const bool shifted : {false, true}) {
+    const auto experts = [&](Index count) {
+      return message({.width = 3, .experts = count, .shifted = shifted});
+    };
+    const std::string range = "FilmBank: experts: expected 1 ... 65536, got ";
+    CHECK(experts(65536) == "accepted");
+    CHECK(experts(65537) == range + "65537");
+    CHECK(experts(std::numeric_limits<Index>::max()) == range + "9223372036854775807");
+    CHECK(experts(0) == range + "0");
+    CHECK(experts(-1) == range + "-1");
+  }
+  CHECK(message({.width = 0, .experts = 2}) == "FilmBank: width must be positive, got 0");
 }
 
 TEST_CASE("MoFME's block refuses shapes that do not fit", "[layers]") {

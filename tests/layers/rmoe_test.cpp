@@ -102,7 +102,60 @@ struct RawTrial : Trial<T> {
   RawTrial() : Trial<T>(raw<T>()) {}
 };
 
+/// The routers alone, whose logits have a bias; y: the logits of all layers, one above the other.
+template <class T>
+struct RoutersTrial : test::LayerTrial<T> {
+  using Stack = mole::RecurrentStack<T>;
+  static constexpr Index kCount = 5, kLayers = 2, kExperts = 3;
+
+  RoutersTrial() {
+    params = stack.make_params(this->exact(stack.params_bytes()));
+    grad = stack.make_params(this->exact(stack.params_bytes()));
+    this->adopt(params, grad);
+    x = this->input("x", kCount, kWidth);
+    this->y = this->zeros(kLayers * kCount, kExperts);
+    this->dy = this->normal(kLayers * kCount, kExperts);
+    pass = stack.make_pass(this->exact(stack.pass_bytes(kCount, true)), kCount, true);
+    d = stack.make_gradient(this->exact(stack.gradient_bytes(kCount)), kCount);
+  }
+  std::size_t scratch_bytes(int workers) const { return stack.scratch_bytes(kCount, workers); }
+  void forward(const mole::Context& context) {
+    mole::Workspace packing = this->packing(stack.prepared_bytes());
+    const auto prepared = stack.prepare(params, packing);
+    this->packed();
+    stack.begin(pass, kCount);
+    for (Index l = 0; l < kLayers; ++l) {
+      stack.route(l, prepared, {.x = x.value}, {}, pass, context);
+      mole::rows::copy<T>(pass.tapes[l].logits, this->y.row_block(l * kCount, kCount));
+    }
+  }
+  void backward(const mole::Context& context) {
+    stack.begin_backward(pass, {}, d);
+    for (Index l = kLayers - 1; l >= 0; --l) {
+      mole::rows::copy<T>(this->dy.row_block(l * kCount, kCount), d.tapes[l].logits);
+      stack.route_backward(l, params, pass, {.x = x.value}, {}, d, x.gradient, grad, context);
+    }
+  }
+
+  Stack stack{{.layers = kLayers, .width = kWidth, .experts = kExperts, .state = 2, .bias = true}};
+  mole::RecurrentStackParams<T> params, grad;
+  typename Stack::Pass pass;
+  typename Stack::Gradient d;
+  typename test::LayerTrial<T>::Tensor x;
+};
+
 }  // namespace
+
+TEST_CASE("routers of a stack whose logits have a bias are differentiated exactly", "[layers]") {
+  test::check_gradients<RoutersTrial>();
+  test::check_snapshot<RoutersTrial<float>>();
+  RoutersTrial<double> trial;
+  test::run(trial, false);
+  const double before = trial.y(RoutersTrial<double>::kCount, 1);
+  trial.params.bias(1, 1) += 8;
+  test::run(trial, false);
+  CHECK(trial.y(RoutersTrial<double>::kCount, 1) == Approx(before + 8).epsilon(1e-14));
+}
 
 TEST_CASE("a recurrent stack keeps what every layer keeps", "[layers]") {
   test::check_layer<Trial>();
@@ -177,6 +230,11 @@ TEST_CASE("a stack refuses layers out of order and wrong shapes", "[layers]") {
   const mole::Tokens<double> tokens{.x = trial.x.value};
   CHECK_THROWS_WITH(routers.route(1, prepared.routers, tokens, {}, trial.tape.routers, context),
                     "RecurrentStack: layer 1 of 3 is routed, expected layer 0");
+  const mole::Tokens<double> fewer{.x = trial.x.value.row_block(0, kTokens - 1)};
+  CHECK_THROWS_WITH(routers.route(0, prepared.routers, fewer, {}, trial.tape.routers, context),
+                    "RecurrentStack: layer 0 has 18 tokens, the pass began with 19");
+  CHECK_THROWS_WITH(routers.balance({}, trial.tape.routers, nullptr, context),
+                    "RecurrentStack: the balance loss needs a training pass through all layers");
   CHECK_THROWS_AS(routers.begin_backward(trial.tape.routers, {}, trial.d), Error);
   CHECK_THROWS_AS(routers.begin(trial.tape.routers, kTokens + 3), Error);
   CHECK_THROWS_AS(routers.begin(trial.tape.routers, kTokens, trial.x.value), Error);
@@ -186,6 +244,9 @@ TEST_CASE("a stack refuses layers out of order and wrong shapes", "[layers]") {
   weights.base = {};
   mole::Workspace again = trial.packing(trial.layer.prepared_bytes());
   CHECK_THROWS_AS(trial.layer.prepare(weights, again), Error);
+  auto of_routers = trial.params.router;
+  of_routers.head.rows -= 5;
+  CHECK_THROWS_WITH(routers.prepare(of_routers, again), "head: expected [15, 3], got [10, 3]");
   auto config = everything<double>();
   config.base = false;
   CHECK_THROWS_WITH(mole::Rmoe(bank<double>(), config),
@@ -280,6 +341,69 @@ TEST_CASE("a way back through a stack is refused before any gradient", "[layers]
   auto fresh = trial.layer.make_gradient(trial.memory, kTokens);
   std::swap(trial.d, fresh);
   CHECK(trial.backward_with(trial.weights, trial.grad) == Errc::state_error);
+}
+
+TEST_CASE("a stack goes back with weights and gradients of its own shapes alone", "[layers]") {
+  using mole::Errc;
+  Begun trial;
+  const auto check = [&](auto&& spoil) {
+    auto weights = trial.weights;
+    spoil(weights);
+    CHECK(trial.backward_with(weights, trial.grad) == Errc::shape_mismatch);
+    auto grad = trial.grad;
+    spoil(grad);
+    CHECK(trial.backward_with(trial.weights, grad) == Errc::shape_mismatch);
+  };
+  check([](auto& params) { params.norm.cols -= 1; });
+  check([](auto& params) { params.base.rows -= kWidth; });
+  check([](auto& params) { params.bias.rows -= 1; });
+  check([](auto& params) { params.share_gate.rows -= 3; });
+  check([](auto& params) { params.share_up.cols -= 1; });
+  check([](auto& params) { params.share_down.rows -= kWidth; });
+  check([](auto& params) { params.experts = params.experts.first(2); });
+  const auto dx = trial.x.gradient, dy = trial.dy;
+  trial.x.gradient = dx.row_block(0, kTokens - 1);
+  CHECK(trial.backward_with(trial.weights, trial.grad) == Errc::shape_mismatch);
+  trial.x.gradient = dx;
+  trial.dy = dy.row_block(0, kTokens - 1);
+  CHECK(trial.backward_with(trial.weights, trial.grad) == Errc::shape_mismatch);
+}
+
+TEST_CASE("routers of a stack go back in order, through the pass that was begun", "[layers]") {
+  using mole::Errc;
+  Begun trial;
+  const auto& routers = trial.layer.routers();
+  const auto last = routers.layers() - 1;
+  auto pass = trial.tape.routers;
+  mole::RecurrentStackParams<const double> params = trial.params.router;
+  const auto back = [&](Index layer) {
+    return trial.refused([&] {
+      routers.route_backward(layer, params, pass, {.x = trial.x.value}, {}, trial.d, {},
+                             trial.grad.router, trial.context);
+    });
+  };
+  CHECK(back(last - 1) == Errc::state_error);
+  CHECK(back(last + 1) == Errc::state_error);
+  pass.tokens -= 1;
+  CHECK(back(last) == Errc::state_error);
+  pass = trial.tape.routers;
+  pass.tapes = {};
+  CHECK(back(last) == Errc::state_error);
+  pass = trial.tape.routers;
+  params.head.rows -= 5;
+  CHECK(back(last) == Errc::shape_mismatch);
+
+  const auto begin = [&](MatView<const double> d_last, auto spoil) {
+    auto d = trial.d;
+    spoil(d);
+    return refusal([&] { routers.begin_backward(pass, d_last, d); });
+  };
+  const auto as_it_is = [](auto&) {};
+  const MatView<const double> d_last = trial.dy.col_block(kWidth, kState);
+  CHECK(begin(d_last, as_it_is) == Errc{});
+  CHECK(begin(d_last.col_block(0, kState - 1), as_it_is) == Errc::shape_mismatch);
+  CHECK(begin(d_last, [](auto& d) { d.tapes = d.tapes.first(2); }) == Errc::shape_mismatch);
+  CHECK(begin(d_last, [](auto& d) { d.d_state.rows = kTokens - 1; }) == Errc::limit_exceeded);
 }
 
 TEST_CASE("a stack without a map writes no gradient of it", "[layers]") {

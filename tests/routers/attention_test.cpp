@@ -199,6 +199,12 @@ TEST_CASE("An attention router does not touch what has the share 0", "[routers]"
   }
 }
 
+TEST_CASE("An infinite logit of an attention router passes no gradient", "[routers]") {
+  Numbers numbers({0.5, -1, 2}, {1, 0.25, -0.75}, {3, kInfinity, 0.5});
+  CHECK(test::decide(numbers.use, numbers.problem).logits(0, 0) == kInfinity);
+  for (const double d : test::differentiate(numbers.use, numbers.problem).params) CHECK(d == 0);
+}
+
 TEST_CASE("An attention router refuses wrong configs by name", "[routers]") {
   using Catch::Matchers::Message;
   const auto refuses = [](const Router::Config& config, const char* text) {
