@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <limits>
+#include <string>
 
 #include "support/catch.hpp"
 #include "support/compare.hpp"
@@ -104,4 +105,17 @@ TEST_CASE("prepared weights are a copy", "[routing]") {
   Matrix<float> logits(1, 2);
   mole::stages::project<float>(prepared, x, logits.view(), mole::Context{workspace});
   CHECK(logits(0, 0) == 3);
+}
+
+TEST_CASE("the gradient of a bias is refused where there is no bias", "[routing]") {
+  Matrix<double> bias(1, kExperts);
+  const LinearParams<double> grad{{}, bias.view()};
+  CHECK_NOTHROW(mole::Linear<double>{kWidth, kExperts, true}.check_gradient(grad));
+  try {
+    mole::Linear<double>{kWidth, kExperts, false}.check_gradient(grad);
+    FAIL("accepted");
+  } catch (const mole::Error& error) {
+    CHECK(error.code() == mole::Errc::shape_mismatch);
+    CHECK(std::string(error.what()) == "grad.bias: expected [0, 0], got [1, 67]");
+  }
 }

@@ -52,7 +52,7 @@ struct Linear {
 
   /// Throws shape_mismatch or invalid_argument, naming the member.
   void check(const LinearParams<const T>& params) const;
-  /// The same for gradients, any of which may be absent.
+  /// The same for gradients, any of which may be absent; that of a bias without the bias must be.
   void check_gradient(const LinearParams<T>& grad) const;
 };
 
@@ -86,7 +86,8 @@ void Linear<T>::check(const LinearParams<const T>& params) const {
 template <class T>
 void Linear<T>::check_gradient(const LinearParams<T>& grad) const {
   if (grad.weight.data != nullptr) require_shape("grad.weight", grad.weight, experts, width);
-  if (grad.bias.data != nullptr) require_shape("grad.bias", grad.bias, 1, experts);
+  if (grad.bias.data == nullptr) return;
+  require_shape("grad.bias", grad.bias, bias ? 1 : 0, bias ? experts : 0);
 }
 
 template <class T>
