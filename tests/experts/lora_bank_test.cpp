@@ -152,7 +152,8 @@ TEMPLATE_TEST_CASE("stored halves give the bits of their widened values", "[bank
   using W = TestType;
   const LoraBank<float> wide(large<float>(true));
   const LoraBank<float, W> narrow(same_config<float, W>(large<float>(true)));
-  const test::BankTrial wide_trial(wide), narrow_trial(narrow);  // weights that both types hold
+  const test::BankTrial wide_trial(wide);
+  const test::BankTrial narrow_trial(narrow);  // weights that both types hold
   const auto c = wide_trial.call(test::random_slots(23, 5, 0.7, 2));
   CHECK(bit_difference(narrow_trial.forward(c), wide_trial.forward(c)) == "");
   test::check_same_bits(narrow_trial.backward(c), wide_trial.backward(c));

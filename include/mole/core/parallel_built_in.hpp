@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 
 #include "mole/core/parallel.hpp"
 
@@ -26,8 +27,10 @@ MOLE_INLINE void built_in_loop([[maybe_unused]] int workers, Index count, Index 
   const Index chunks = (count + grain - 1) / grain;
   const int team = static_cast<int>(std::min<Index>(workers, chunks));
   if (team > 1 && !omp_in_parallel()) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(team)
-    for (Index chunk = 0; chunk < chunks; ++chunk) {
+    // Threads take chunks as they go. A loop of the runtime's own may allocate (LLVM's does).
+    std::atomic<Index> next = 0;
+#pragma omp parallel num_threads(team)
+    for (Index chunk = next++; chunk < chunks; chunk = next++) {
       body(closure, chunk * grain, std::min(count, (chunk + 1) * grain), omp_get_thread_num());
     }
     return;
